@@ -1,0 +1,23 @@
+"""`mimo-qat VERB`: make, train, convert and check an FP4-DFlash checkpoint."""
+
+from mimo_qat.commands import Verb, run
+
+VERBS = {
+    "upcycle": Verb("mimo_qat.models.upcycle", "UpcycleConfig", "dense model -> MiMo-V2 mixture of experts"),
+    "qat": Verb("mimo_qat.qat.train", "QatConfig", "FP4 quantization-aware distillation of the experts"),
+    "distill": Verb("mimo_qat.distill.train", "DistillConfig", "train a DFlash drafter for a target"),
+    "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),
+    "convert": Verb("mimo_qat.convert", "ConvertConfig", "target + drafter -> FP4-DFlash release folder"),
+    "check": Verb("mimo_qat.checkpoint.check", "CheckConfig", "prove a checkpoint folder", positional="folder"),
+    "layout": Verb("mimo_qat.checkpoint.layout", "LayoutConfig", "every tensor of a release from a config alone", "config_json"),
+    "env": Verb("mimo_qat.environment", "EnvConfig", "versions and hardware, for bug reports"),
+}
+
+
+def main() -> int:
+    """Entry point of the console script."""
+    return run("mimo-qat", "The open path from a Mixture-of-Experts model to an FP4-DFlash checkpoint.", VERBS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""What every output folder records about its making, and how files are written: whole or not at all."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "triton", "deepspeed")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed, on an error it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """Writes `document` as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs of this machine."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that states no name: the architecture has to do
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that shape results; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the source tree, with "+dirty" for uncommitted changes; the package version outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root.resolve():
+            raise OSError("installed inside somebody else's checkout")
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return "v" + metadata.version("mimo-qat")
+        except metadata.PackageNotFoundError:
+            return "unknown"
+
+
+def command_line() -> str:
+    """The command that runs, with the program's name instead of its path."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_provenance(folder: str | Path, config: Any, command: str | None = None) -> None:
+    """Writes `provenance.json`: the command, the whole configuration, commit, versions and hardware."""
+    document = {
+        "command": command or command_line(),
+        "config": asdict(config) if is_dataclass(config) and not isinstance(config, type) else config,
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(Path(folder) / "provenance.json", document)
+
+
+class JsonlLog:
+    """Metrics as one JSON object a line, flushed at once. `keep_until` drops the lines of steps that a resumed
+    run computes again."""
+
+    def __init__(self, path: str | Path, keep_until: int = 0):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if keep_until and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_until]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Appends one line; give `step` first."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")

@@ -1,0 +1,99 @@
+"""Key-value caches that speculative decoding rolls back for free.
+
+A row at absolute position p always lives in slot p % capacity, and what a slot holds follows from the committed length
+alone. So a rejected draft needs no clean-up: the length does not advance, its slot reads as the older position that
+the window has already left, and the next round overwrites it. Nothing is copied, nothing is reset between prompts.
+
+Letters: G key-value heads, K query/key head size, V value head size, T new rows, S keys that a call returns.
+"""
+
+import torch
+
+BUCKET = 64  # keys are handed out in multiples of this, so that neighbouring steps run kernels of one shape
+
+
+class RingCache:
+    """The last `window` positions, plus the `block` rows of one verification that may all be rejected.
+
+    Queries at start..start+block-1 need the keys start-window+1..start+block-1, so a capacity of window + block never
+    lets a rejected row overwrite a key that the next round still sees. `scratch` leading slots lie outside of the ring;
+    a drafter puts the keys of its own block there, which live for one call.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], capacity: int, window: int | None, *, block: int, scratch=0, **kw):
+        """`shape` is (G, K, V); `window` counts the query's own position, None means all; `kw` is dtype and device."""
+        heads, k_dim, v_dim = shape
+        assert window is None or capacity >= window + block
+        self.capacity, self.window, self.block, self.scratch = capacity, window, block, scratch
+        # Zeros, not garbage: a masked key has weight zero, and zero times NaN is not zero.
+        self.k = torch.zeros(heads, scratch + capacity, k_dim, **kw)
+        self.v = torch.zeros(heads, scratch + capacity, v_dim, **kw)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay."""
+        skip = max(len(k) - self.capacity, 0)
+        k, v, start = k[skip:].transpose(0, 1), v[skip:].transpose(0, 1), start + skip
+        first = start % self.capacity
+        fit = min(k.shape[1], self.capacity - first)
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[:, self.scratch + first : self.scratch + first + fit] = new[:, :fit]
+            cache[:, self.scratch : self.scratch + new.shape[1] - fit] = new[:, fit:]
+
+    def used(self, end: int) -> int:
+        """How many ring slots a call that ends before position `end` reads."""
+        return min(self.capacity, -(-end // BUCKET) * BUCKET)
+
+    def positions(self, end: int) -> torch.Tensor:
+        """The position [S] that each slot holds once rows 0..end-1 are committed; negative where there is none."""
+        slots = torch.arange(self.used(end), device=self.k.device)
+        return end - 1 - (end - 1 - slots) % self.capacity
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores T new rows and returns keys [G, S, K] and values [G, S, V] whose positions are `extended(start, T)`.
+
+        More rows than `block` (a prefill chunk) do not fit beside a full window: they are joined to the window's older
+        keys first and written after.
+        """
+        rows = len(k)
+        if self._fits(rows):
+            self.write(k, v, start)
+            used = self.scratch + self.used(start + rows)
+            return self.k[:, self.scratch : used], self.v[:, self.scratch : used]
+        older = self.scratch + self._older(start) % self.capacity
+        keys = torch.cat((self.k[:, older], k.transpose(0, 1)), dim=1)
+        values = torch.cat((self.v[:, older], v.transpose(0, 1)), dim=1)
+        self.write(k, v, start)
+        return keys, values
+
+    def extended(self, start: int, rows: int) -> torch.Tensor:
+        """Positions [S] of the keys that `extend` returns for `rows` rows at `start`."""
+        if self._fits(rows):
+            return self.positions(start + rows)
+        new = torch.arange(start, start + rows, device=self.k.device)
+        return torch.cat((self._older(start), new))
+
+    def _fits(self, rows: int) -> bool:
+        return self.window is None or rows <= self.block
+
+    def _older(self, start: int) -> torch.Tensor:
+        return torch.arange(start - self.window + 1, start, device=self.k.device)
+
+
+class LinearCache(RingCache):
+    """Every position up to `max_len`: a ring that is never full."""
+
+    def __init__(self, shape: tuple[int, int, int], max_len: int, **kw):
+        super().__init__(shape, -(-max_len // BUCKET) * BUCKET, None, block=0, **kw)
+
+
+def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: int | None = None) -> torch.Tensor:
+    """Additive float32 mask [T, S]: 0 where query q sees key k, -inf elsewhere.
+
+    A key is seen iff 0 <= k <= q and, in a window, q - k < window. With `end`, keys at or after it are hidden instead of
+    those after the query: the context of a drafter, whose queries all lie beyond it.
+    """
+    q, k = q_pos[:, None], k_pos[None, :]
+    seen = (k >= 0) & ((k <= q) if end is None else (k < end))
+    if window is not None:
+        seen = seen & (q - k < window)
+    return torch.zeros(seen.shape, device=q_pos.device).masked_fill_(~seen, float("-inf"))
