@@ -9,7 +9,9 @@ VERBS = {
     "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),
     "convert": Verb("mimo_qat.convert", "ConvertConfig", "target + drafter -> FP4-DFlash release folder"),
     "check": Verb("mimo_qat.checkpoint.check", "CheckConfig", "prove a checkpoint folder", positional="folder"),
-    "layout": Verb("mimo_qat.checkpoint.layout", "LayoutConfig", "every tensor of a release from a config alone", "config_json"),
+    "layout": Verb(
+        "mimo_qat.checkpoint.layout", "LayoutConfig", "every tensor of a release from a config alone", "config_json"
+    ),
     "env": Verb("mimo_qat.environment", "EnvConfig", "versions and hardware, for bug reports"),
 }
 

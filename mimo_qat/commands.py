@@ -1,10 +1,12 @@
 """The shape every command shares: verbs, YAML == flag == dataclass field, one-line errors, JSON last."""
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,38 @@ def run(prog: str, description: str, verbs: dict[str, Verb], argv: Sequence[str]
     if args[0] not in verbs:
         print(f"error: {prog} has no verb {args[0]!r}; choose from {', '.join(verbs)}", file=sys.stderr)
         return 2
-    return _run_verb(f"{prog} {args[0]}", verbs[args[0]], args[1:])
+    name, *rest = args
+    verb = verbs[name]
+    module = import_module(verb.module)
+    if verb.positional and rest and not rest[0].startswith("-"):
+        rest[0] = f"--{verb.positional}={rest[0]}"
+    return run_one(f"{prog} {name}", getattr(module, verb.config), module.main, rest)
 
 
-def _run_verb(prog: str, verb: Verb, args: list[str]) -> int:
+def run_one(
+    prog: str,
+    config_class: type,
+    main: Callable[[Any], dict[str, Any] | None],
+    args: Sequence[str] | None = None,
+) -> int:
+    """Parses `args` (or the command line) into `config_class`, runs `main` on it and prints its document.
+
+    Modules use it directly under `accelerate launch -m`; only the first process prints.
+    """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    module = import_module(verb.module)
-    config_class = getattr(module, verb.config)
-    if verb.positional and args and not args[0].startswith("-"):
-        args = [f"--{verb.positional}={args[0]}", *args[1:]]
-    parser = ArgumentParser(prog=prog, description=verb.help)
+    parser = ArgumentParser(prog=prog, description=main.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with these fields")
     parser.add_class_arguments(config_class, as_group=False)
     values = parser.instantiate(parser.parse_args(args))
     try:
-        document = module.main(config_class(**{k: v for k, v in vars(values).items() if k != "config"}))
+        document = main(config_class(**{k: v for k, v in vars(values).items() if k != "config"}))
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1
-    if document is not None:
+    if document is None:
+        return 0
+    if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(document))
-    return 0 if document is None or document.get("ok", True) else 1
+    return 0 if document.get("ok", True) else 1

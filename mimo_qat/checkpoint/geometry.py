@@ -32,7 +32,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """The JSON object in `text`: no duplicate key, no NaN, nothing but an object. `where` names it in the ValueError."""
+    """The JSON object in `text`, without duplicate keys or NaN; ValueError names the file, `where`, and the fault."""
     try:
         out = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -269,6 +269,10 @@ class DraftGeometry:
     def from_config(cls, draft_config: Config) -> "DraftGeometry":
         """Geometry of a drafter from its parsed config.json; a key stated twice with two values is a ValueError."""
         inner, rope = draft_config.get("dflash_config") or {}, draft_config.get("rope_parameters") or {}
+        if not isinstance(inner, dict) or not isinstance(rope, dict):
+            raise ValueError(
+                "the drafter's dflash_config and rope_parameters must be objects; copy them from the source"
+            )
 
         def agreed(name: str, *values: Any, default: Any = None) -> Any:
             stated = [v for v in values if v is not None]
@@ -277,6 +281,9 @@ class DraftGeometry:
             if not stated and default is None:
                 raise ValueError(f"the drafter's configuration lacks {name}; copy it from the drafter's source")
             return stated[0] if stated else default
+
+        def either(key: str, default: Any = None) -> Any:
+            return agreed(key, draft_config.get(key), inner.get(key), default=default)
 
         head_dim = positive(draft_config, "head_dim")
         factor = agreed(
@@ -305,12 +312,13 @@ class DraftGeometry:
             rope_theta=float(agreed("rope_theta", draft_config.get("rope_theta"), rope.get("rope_theta"))),
             rotary_dim=rotary_dim(head_dim, factor),
             sliding_window=(window or None) if slides else None,
-            block_size=agreed("block_size", draft_config.get("block_size"), inner.get("block_size")),
-            target_layer_ids=tuple(agreed("target_layer_ids", inner.get("target_layer_ids"))),
-            mask_token_id=agreed("mask_token_id", inner.get("mask_token_id")),
-            value_scale=float(inner.get("attention_value_scale", 1.0)),
+            block_size=either("block_size"),
+            target_layer_ids=tuple(either("target_layer_ids")),
+            mask_token_id=either("mask_token_id"),
+            value_scale=float(either("attention_value_scale", 1.0)),
             sinks=agreed(
                 "attention_sink_bias",
+                draft_config.get("attention_sink_bias"),
                 inner.get("attention_sink_bias"),
                 draft_config.get("add_swa_attention_sink_bias"),
                 default=False,
@@ -347,7 +355,6 @@ def default_drafter_config(config: Config, *, num_hidden_layers: int = 5, mask_t
     out: Config = {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "torch_dtype": "bfloat16",
         "hidden_size": g.hidden_size,
         "target_hidden_size": g.hidden_size,
@@ -394,6 +401,7 @@ def release_drafter_config(draft_config: Config, vocab_size: int) -> Config:
     inner = {k: v for k, v in draft_config["dflash_config"].items() if k != "backbone_rotary_base"}
     theta = int(g.rope_theta) if g.rope_theta == int(g.rope_theta) else g.rope_theta
     return draft_config | {
+        "auto_map": {"AutoConfig": "dflash.DFlashConfig", "AutoModel": "dflash.DFlashDraftModel"},
         "vocab_size": vocab_size,
         "rope_theta": theta,
         "partial_rotary_factor": factor,

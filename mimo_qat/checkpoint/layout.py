@@ -23,16 +23,8 @@ from mimo_qat.checkpoint.geometry import (
     Geometry,
     LayerGeometry,
     default_drafter_config,
-    default_target_layer_ids,
     read_json,
-    release_drafter_config,
 )
-
-__all__ = [
-    "Config", "DTYPE_BYTES", "DraftGeometry", "Geometry", "LayerGeometry", "LayoutConfig", "TensorSpec",
-    "default_drafter_config", "default_target_layer_ids", "drafter_tensors", "file_order", "files_of", "header_bytes",
-    "ignored_layers", "main", "quantization_config", "read_json", "release_drafter_config", "target_tensors", "totals",
-]  # fmt: skip
 
 Experts = Literal["mxfp4", "fp8", "bf16"]
 Spine = Literal["fp8", "bf16"]
@@ -289,6 +281,48 @@ def quantization_config(
     }
 
 
+def detect_format(specs: Mapping[str, TensorSpec]) -> tuple[Experts, Spine, int]:
+    """(experts, spine, MTP blocks) of a checkpoint from the tensors that it holds, not from what its config claims.
+
+    ValueError where there is no routed expert, or where a dtype belongs to no dialect.
+    """
+    expert = next((s for n, s in specs.items() if ".mlp.experts." in n and n.endswith(".weight")), None)
+    if expert is None:
+        raise ValueError("no routed expert tensor matched (model.layers.L.mlp.experts.E.gate_proj.weight ...); "
+                         "this is not a MiMo-V2 checkpoint, or its names were changed")  # fmt: skip
+    spine = next((s for n, s in specs.items() if n.endswith(("self_attn.qkv_proj.weight", "self_attn.q_proj.weight"))),
+                 None)  # fmt: skip
+    formats = {"U8": "mxfp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "bf16", "F32": "bf16"}
+    if expert.dtype not in formats or spine is None or formats.get(spine.dtype) not in ("fp8", "bf16"):
+        where = expert if expert.dtype not in formats else spine
+        fault = f"{where.name} is stored as {where.dtype}" if where else "there is no attention projection"
+        raise ValueError(f"{fault}: no known dialect (experts MXFP4, FP8 or BF16; spine FP8 or BF16); export it again")
+    mtp = {n.split(".")[3] for n in specs if n.startswith(MTP_PREFIX + "layers.")}
+    return formats[expert.dtype], formats[spine.dtype], len(mtp)  # type: ignore[return-value]
+
+
+def differences(
+    expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec], *, dtypes: bool = True
+) -> dict[str, list[str]]:
+    """What keeps `found` from holding every expected tensor exactly once: {"missing", "unknown", "shape", "dtype"}.
+
+    Each list holds one-line descriptions. `dtypes=False` lets BF16, F16 and F32 stand for each other.
+    """
+    floats = {"BF16", "F16", "F32"}
+    out: dict[str, list[str]] = {"missing": [], "unknown": [], "shape": [], "dtype": []}
+    out["missing"] = [name for name in expected if name not in found]
+    out["unknown"] = [name for name in found if name not in expected and not name.startswith(TOWER_PREFIXES)]
+    for name, want in expected.items():
+        have = found.get(name)
+        if have is None:
+            continue
+        if have.shape != want.shape:
+            out["shape"].append(f"{name} is {list(have.shape)}, expected {list(want.shape)}")
+        if have.dtype != want.dtype and (dtypes or not {have.dtype, want.dtype} <= floats):
+            out["dtype"].append(f"{name} is {have.dtype}, expected {want.dtype}")
+    return out
+
+
 def family(name: str) -> str:
     """The group that a tensor is counted under in reports."""
     if name.startswith(MTP_PREFIX):
@@ -303,7 +337,7 @@ def family(name: str) -> str:
 class LayoutConfig:
     """Count the tensors and bytes of a checkpoint from its config.json."""
 
-    config: str
+    config_json: str
     """A target's config.json, a folder that holds one, or a DFlash drafter's config.json."""
     drafter: bool = False
     """Add the DFlash drafter: dflash/config.json beside the config, else the default drafter of this target."""
@@ -350,13 +384,12 @@ def _print_specs(specs: Mapping[str, TensorSpec], folder: str = "") -> None:
 
 
 def main(cfg: LayoutConfig) -> dict[str, Any]:
-    """Print the census; returns (and prints as the last line) the JSON document of totals."""
-    path = Path(cfg.config)
+    """Prints every tensor class with its count and bytes; returns the totals."""
+    path = Path(cfg.config_json)
     path = path / "config.json" if path.is_dir() else path
     config = read_json(path)
     if "DFlashDraftModel" in (config.get("architectures") or ()):
         doc: dict[str, Any] = {"drafter": _drafter_report(config, cfg.list)}
-        print(json.dumps(doc))
         return doc
     if cfg.router_dtype is not None:
         config["moe_router_dtype"] = cfg.router_dtype
@@ -375,5 +408,4 @@ def main(cfg: LayoutConfig) -> dict[str, Any]:
     _print_table(f"{path}: experts {cfg.experts}, spine {cfg.spine}", doc["by_family"], out)
     _print_table("by dtype", doc["by_dtype"], out)
     _print_table("total", {"target": doc} | ({"drafter": doc["drafter"]} if cfg.drafter else {}), out)
-    print(json.dumps(doc), file=out)
     return doc

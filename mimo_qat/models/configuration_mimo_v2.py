@@ -89,14 +89,10 @@ class MiMoV2Config(PreTrainedConfig):
                 setattr(self, swa, getattr(self, full))
         if self.swa_window_convention == "sglang":
             if self.sliding_window_size is None:
-                raise ValueError(
-                    'swa_window_convention "sglang" needs sliding_window_size in the configuration'
-                )
+                raise ValueError('swa_window_convention "sglang" needs sliding_window_size in the configuration')
             self.sliding_window = self.sliding_window_size + 1
         # transformers' caches read this list to choose a rolling or a growing cache for each layer.
-        self.layer_types = [
-            "sliding_attention" if swa else "full_attention" for swa in self.hybrid_layer_pattern
-        ]
+        self.layer_types = ["sliding_attention" if swa else "full_attention" for swa in self.hybrid_layer_pattern]
         self._refuse_what_the_model_lacks()
         super().__post_init__(**kwargs)
 

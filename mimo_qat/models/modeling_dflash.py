@@ -9,7 +9,7 @@ Shape letters: B batch, C context rows, R block rows, K key rows, D hidden size,
 H head size, T taps.
 """
 
-import json
+import functools
 from pathlib import Path
 
 import torch
@@ -21,8 +21,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
 MASK_FILE = "mask_embedding.pt"
-WEIGHTS_FILE = "dflash_draft_model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class DFlashConfig(PreTrainedConfig):
@@ -36,6 +34,7 @@ class DFlashConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3"
+    has_no_defaults_at_init = True  # a drafter without taps, block and mask token is no drafter
 
     vocab_size: int = 152576
     hidden_size: int = 4096
@@ -114,8 +113,7 @@ class DFlashConfig(PreTrainedConfig):
 
     def _settle_windows(self, nested: dict):
         kinds = set(self.layer_types or ())
-        if self.use_sliding_window is None:
-            self.use_sliding_window = bool(nested.get("use_swa", "sliding_attention" in kinds))
+        self._settle("use_sliding_window", nested, "use_swa", default="sliding_attention" in kinds)
         if self.use_sliding_window:
             self._settle("sliding_window", nested, "swa_window_size")
         if self.layer_types is None:
@@ -176,6 +174,15 @@ class DFlashConfig(PreTrainedConfig):
             "torch_dtype": "bfloat16",
             **{name: getattr(self, name) for name in names},
         }
+
+
+def _from_foreign(config: PreTrainedConfig) -> DFlashConfig:
+    """AutoConfig reads a published folder as Qwen3Config, which fills in windows that the file does not have."""
+    values = config.to_dict()
+    if "use_swa" in (values.get("dflash_config") or {}):
+        for name in ("use_sliding_window", "sliding_window", "layer_types"):
+            values.pop(name, None)
+    return DFlashConfig.from_dict(values)
 
 
 class DFlashRMSNorm(nn.Module):
@@ -241,19 +248,19 @@ def attend(q, k, v, mask, sink, implementation: str = "eager"):
     return (weights @ v).view(batch, heads, rows, size)
 
 
-_compiled_flex = None
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def _flex(q, k, v, mask, scale):
-    """Compiled flex attention with its logsumexp [B, N, R] (natural logarithm)."""
-    global _compiled_flex
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    """Flex attention [B, N, R, H] and its logsumexp [B, N, R] (natural logarithm)."""
+    from torch.nn.attention.flex_attention import AuxRequest
 
-    if _compiled_flex is None:
-        _compiled_flex = torch.compile(flex_attention)
-    out, aux = _compiled_flex(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
-    )
+    gqa = q.shape[1] != k.shape[1]
+    out, aux = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
 
@@ -332,8 +339,8 @@ class DFlashDraftModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = ["mask_embedding"]
 
     def __init__(self, config: PreTrainedConfig):
-        if not isinstance(config, DFlashConfig):  # AutoConfig reads a published folder as Qwen3Config
-            config = DFlashConfig.from_dict(config.to_dict())
+        if not isinstance(config, DFlashConfig):
+            config = _from_foreign(config)
         super().__init__(config)
         size = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
@@ -404,16 +411,19 @@ class DFlashDraftModel(PreTrainedModel):
         position_ids [B, c + b]; attention_mask [B, past + c + b], nonzero on real tokens. `past_key_values` receives
         c + b rows; the caller crops the b block rows after the step. Rows 1..b-1 of the result go to the target's head.
         """
-        x = torch.cat((noise_embeds[:, :1], self.mask_embedding.to(noise_embeds.dtype).expand_as(noise_embeds[:, 1:])), 1)
+        x = torch.cat(
+            (noise_embeds[:, :1], self.mask_embedding.to(noise_embeds.dtype).expand_as(noise_embeds[:, 1:])), 1
+        )
         context = self.fuse(context_hidden_states)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = past + torch.arange(context.shape[1] + x.shape[1], device=x.device)[None]
-        masks = {rule: _DraftMask(rule, x.shape[1], attention_mask, x.device) for rule in self._rules()}
+        masks = {rule: _DraftMask(rule, x.shape[1], attention_mask, x.device) for rule in self.rules()}
         out = self.run_layers(x, context, position_ids, masks, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=past_key_values)
 
-    def _rules(self):
+    def rules(self) -> set[tuple[int | None, bool]]:
+        """The distinct (window, causal) rules of the layers."""
         return {self.config.layer_rule(i) for i in range(self.config.num_hidden_layers)}
 
 
@@ -434,3 +444,22 @@ class _DraftMask:
         if self.padding_mask is not None:
             mask = mask & self.padding_mask[:, None, None, -keys:].bool()
         return mask
+
+
+def _read_mask_embedding(path: Path, config: DFlashConfig) -> torch.Tensor:
+    """The trained row [D] for mask slots, from {"mask_token_id": int, "embedding": [D]}."""
+    value = torch.load(path, map_location="cpu", weights_only=True)
+    if set(value) != {"mask_token_id", "embedding"}:
+        raise ValueError(f"{path} has keys {sorted(value)}; it must have exactly mask_token_id and embedding")
+    if value["mask_token_id"] != config.mask_token_id:
+        raise ValueError(
+            f"{path} is for token {value['mask_token_id']}, config.json says {config.mask_token_id}; they must agree"
+        )
+    if tuple(value["embedding"].shape) != (config.hidden_size,):
+        raise ValueError(
+            f"{path} has shape {tuple(value['embedding'].shape)}; one row of hidden_size {config.hidden_size} is needed"
+        )
+    return value["embedding"]
+
+
+__all__ = ["DFlashConfig", "DFlashDraftModel"]

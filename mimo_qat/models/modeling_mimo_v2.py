@@ -89,22 +89,16 @@ def attend(q, k, v, mask, scale, sink, implementation: str):
     groups = q.shape[1] // k.shape[1]
     if implementation == "sdpa" and sink is None:
         causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-        )
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
-            k.shape[2] - q.shape[2]
-        )
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     if implementation == "sdpa":
         bias = bias.expand(q.shape[0], q.shape[1], -1, -1)
         column = sink.to(q.dtype)[None, :, None, None].expand(*bias.shape[:-1], 1)
         bias = torch.cat((bias, column), dim=-1)
-        return F.scaled_dot_product_attention(
-            q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), bias, scale=scale
-        )
+        return F.scaled_dot_product_attention(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), bias, scale=scale)
     scores = (q @ k.transpose(2, 3)).float() * scale + bias.float()
     if sink is not None:
         scores = torch.cat((scores, sink.float()[None, :, None, None].expand(*scores.shape[:-1], 1)), dim=-1)
@@ -161,9 +155,7 @@ class MiMoV2Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         mask = mask_of(k.shape[2], self.window)
-        out = attend(
-            q, k, v, mask, self.head_dim**-0.5, self.attention_sink_bias, self.config._attn_implementation
-        )
+        out = attend(q, k, v, mask, self.head_dim**-0.5, self.attention_sink_bias, self.config._attn_implementation)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -190,9 +182,7 @@ class MiMoV2Router(nn.Module):
         self.normalise = config.norm_topk_prob
         self.scaling = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer(
-            "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        )
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_TD):
         """-> router logits [T, E] and combine weights [T, k] in float32, expert ids [T, k]."""
@@ -411,9 +401,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, vocab_size], or of the last `logits_to_keep` positions; `labels` [B, S] add a mean loss."""
         kwargs.pop("return_dict", None)
-        out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None

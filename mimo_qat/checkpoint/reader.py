@@ -1,0 +1,438 @@
+"""A checkpoint folder as named tensors, proved complete before one is read.
+
+Why not transformers' own loader: it skips names that it does not know, cannot decode MXFP4 experts beside an FP8
+spine, and finds weights by file name patterns that a release does not follow. Here the index is the only map, every
+path must stay inside the folder, every header is bounded and validated, and every tensor is named exactly once.
+"""
+
+import re
+import struct
+import sys
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mimo_kernels import fp8, mxfp4
+from mimo_qat.checkpoint.geometry import MAX_JSON_BYTES, drop_trailing_commas, parse_json, read_text
+from mimo_qat.checkpoint.layout import (
+    DRAFTER_FILE,
+    DTYPE_BYTES,
+    MTP_PREFIX,
+    TOWER_PREFIXES,
+    Config,
+    DraftGeometry,
+    Geometry,
+    TensorSpec,
+    detect_format,
+    differences,
+    drafter_tensors,
+    read_json,
+    target_tensors,
+)
+
+INDEX_FILE = "model.safetensors.index.json"
+MASK_FILE = "mask_embedding.pt"
+MAX_MASK_BYTES = 2**24
+TORCH_DTYPES = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+_QKV = re.compile(r"model\.(mtp\.)?layers\.(\d+)\.self_attn\.qkv_proj$")
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The file `name` of `folder`; ValueError where the name or a link in it leads out.
+
+    A folder of the Hugging Face hub cache links to the blobs of its own repository, which is allowed.
+    """
+    if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{folder}: the index names the file {name!r}; only paths inside the folder are read")
+    root, path = folder.resolve(), (folder / name).resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.is_relative_to(r) for r in roots):
+        raise ValueError(f"{folder / name} is a link that leads out of the folder; put the file itself there")
+    return folder / name
+
+
+def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """({name: TensorSpec with this `file`}, metadata) from the header of a safetensors file, whose offsets and size
+    safetensors itself validates. ValueError names the file and the fault."""
+    if not path.is_file():
+        raise ValueError(f"{path} is named by the index but does not exist; fetch or write that file again")
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        prefix = f.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(MAX_JSON_BYTES, size - 8):
+            raise ValueError(f"{path} is not a safetensors file or was cut off in its header; fetch it again")
+        raw = f.read(length)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}); fetch or write it again") from None
+    header = parse_json(raw.decode("utf-8"), f"the header of {path}")
+    metadata = header.pop("__metadata__", {})
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPE_BYTES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which no release uses; export it again")
+    return {n: TensorSpec(n, e["dtype"], tuple(e["shape"]), file) for n, e in header.items()}, metadata
+
+
+class TensorFolder:
+    """The tensors of a folder, by name; data is mapped from the files on request.
+
+    `index` is the parsed index, or {} for a folder with one file of `lone_files` and no index.
+    """
+
+    def __init__(self, folder: str | Path, lone_files: tuple[str, ...] = ("model.safetensors",)):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder; give the folder that holds config.json and the weights")
+        self.index: dict[str, Any] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self._handles: dict[str, Any] = {}
+        if (self.folder / INDEX_FILE).is_file():
+            self.index = read_json(self.folder / INDEX_FILE)
+            self._read_indexed()
+            return
+        lone = next((f for f in lone_files if (self.folder / f).is_file()), None)
+        if lone is None:
+            raise ValueError(f"{self.folder} has neither {INDEX_FILE} nor {lone_files[0]}; fetch the index")
+        self.specs, _ = read_header(inside(self.folder, lone), lone)
+
+    def _read_indexed(self) -> None:
+        weight_map = self.index.get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
+            raise ValueError(
+                f"{self.folder / INDEX_FILE} has no weight_map of tensor names to files; fetch or write the index again"
+            )
+        found: dict[str, TensorSpec] = {}
+        for file in dict.fromkeys(weight_map.values()):
+            header, _ = read_header(inside(self.folder, file), file)
+            for name, spec in header.items():
+                if name in found:
+                    raise ValueError(
+                        f"{self.folder}: {name} is in {found[name].file} and in {file}; "
+                        "keep one and write the index again"
+                    )
+                if name not in weight_map:
+                    raise ValueError(
+                        f"{self.folder / file} holds {name}, which the index does not name; write the index again"
+                    )
+                found[name] = spec
+        for name, file in weight_map.items():
+            if name not in found or found[name].file != file:
+                raise ValueError(
+                    f"{self.folder}: the index places {name} in {file}, which does not hold it; "
+                    "write the index again or fetch that file again"
+                )
+        self.specs = {name: found[name] for name in weight_map}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The index's metadata: save_format, tp_size, total_size, scale_rule; {} without an index."""
+        found = self.index.get("metadata")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in the order of the index."""
+        return list(self.specs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def spec(self, name: str) -> TensorSpec:
+        """TensorSpec of a stored tensor; ValueError names one that is not there."""
+        if name not in self.specs:
+            raise ValueError(f"{self.folder} holds no tensor {name}; compare the folder with `mimo-qat layout --list`")
+        return self.specs[name]
+
+    def raw(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, on the CPU."""
+        file = self.spec(name).file
+        if file not in self._handles:
+            self._handles[file] = safe_open(inside(self.folder, file), framework="pt")
+        return self._handles[file].get_tensor(name)
+
+
+class Checkpoint(TensorFolder):
+    """A target checkpoint: a release (MXFP4 or FP8 experts) or a BF16 folder, fused or split QKV.
+
+    Headers and index are read and checked at construction, weights when they are asked for.
+    """
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder)
+        self.config: Config = read_json(self.folder / "config.json")
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Geometry of the model, from config.json."""
+        return Geometry.from_config(self.config)
+
+    @cached_property
+    def format(self) -> tuple[Any, Any, int]:
+        """(experts, spine, MTP blocks) as stored: ("mxfp4" | "fp8" | "bf16", "fp8" | "bf16", count)."""
+        return detect_format(self.specs)
+
+    def verify(self) -> dict[str, TensorSpec]:
+        """Proves names and shapes against the layout; returns the expected table. ValueError names the first fault.
+
+        Unquantised tensors may be stored in any float dtype here; `mimo-qat check` is strict about them.
+        """
+        experts, spine, mtp = self.format
+        expected = target_tensors(self.config, experts=experts, spine=spine, mtp_layers=mtp)
+        for kind, found in differences(expected, self.specs, dtypes=False).items():
+            if found:
+                raise ValueError(
+                    f"{self.folder}: {len(found)} tensors with fault {kind!r} against its config.json, "
+                    f"the first {found[0]}; run `mimo-qat check {self.folder}` for all of them"
+                )
+        return expected
+
+    def weight(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The dequantised tensor `name`, with or without its `.weight` suffix, as `dtype`.
+
+        The format comes from the stored dtype and from the scale beside the weight, never from config lists.
+        """
+        base = name.removesuffix(".weight")
+        stored = base + ".weight" if base + ".weight" in self.specs else name
+        tensor = self.raw(stored)
+        if base + ".weight_scale" in self.specs:
+            return mxfp4.decode(tensor, self.scale_bytes(base), dtype, name=base)
+        if base + ".weight_scale_inv" in self.specs:
+            return fp8.dequantize(tensor, self.raw(base + ".weight_scale_inv"), self.chunk_rows(base), dtype, name=base)
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"{stored} is {tensor.dtype} but has no scale beside it; export the checkpoint again")
+        return tensor.to(dtype)
+
+    def scale_bytes(self, base: str) -> torch.Tensor:
+        """E8M0 bytes [N, K/32] of an MXFP4 weight. The stored dtype alone decides how to read them: U8 and E8M0 are
+        exponents, floats are the powers of two themselves."""
+        name = base + ".weight_scale"
+        scale = self.raw(name)
+        if scale.dtype == torch.uint8:
+            return scale
+        if scale.dtype == torch.float8_e8m0fnu:
+            return scale.view(torch.uint8)
+        mantissa, exponent = torch.frexp(scale.float())
+        if not (mantissa == 0.5).all():
+            raise ValueError(f"{name} holds floats that are no powers of two; MXFP4 needs E8M0 scales, export it again")
+        return (exponent + 126).to(torch.uint8)
+
+    def chunk_rows(self, name: str) -> int | None:
+        """Rows after which the FP8 block grid of `name` restarts; None for anything but a fused QKV."""
+        match = _QKV.match(name.removesuffix(".weight"))
+        if not match:
+            return None
+        layer = self.geometry.mtp if match[1] else self.geometry.layers[int(match[2])]
+        return sum(self.geometry.qkv_rows(layer))
+
+    def experts(self, layer: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate_up [E, 2I, H], gate rows first; down [E, H, I]) of one layer's routed experts."""
+        g = self.geometry
+        inner = g.moe_intermediate_size
+        gate_up = torch.empty(g.n_routed_experts, 2 * inner, g.hidden_size, dtype=dtype)
+        down = torch.empty(g.n_routed_experts, g.hidden_size, inner, dtype=dtype)
+        for e in range(g.n_routed_experts):
+            prefix = f"model.layers.{layer}.mlp.experts.{e}."
+            gate_up[e, :inner] = self.weight(prefix + "gate_proj", dtype)
+            gate_up[e, inner:] = self.weight(prefix + "up_proj", dtype)
+            down[e] = self.weight(prefix + "down_proj", dtype)
+        return gate_up, down
+
+    def qkv(
+        self, layer: int, dtype: torch.dtype = torch.bfloat16, *, mtp: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q, k, v) weights, each [rows, H], heads in global order, whichever layout is stored."""
+        prefix = f"model.{'mtp.' if mtp else ''}layers.{layer}.self_attn."
+        if prefix + "qkv_proj.weight" not in self.specs:
+            q, k, v = (self.weight(prefix + f"{which}_proj", dtype) for which in "qkv")
+            return q, k, v
+        fused = self.weight(prefix + "qkv_proj", dtype)
+        rows = self.geometry.qkv_rows(self.geometry.mtp if mtp else layer)
+        chunks = fused.view(self.geometry.qkv_chunks, sum(rows), -1).split(rows, dim=1)
+        q, k, v = (part.flatten(0, 1) for part in chunks)
+        return q, k, v
+
+    def fused_qkv(self, layer: int, dtype: torch.dtype = torch.bfloat16, *, mtp: bool = False) -> torch.Tensor:
+        """One weight [rows, H] of chunks [Q_c | K_c | V_c], whichever layout is stored."""
+        rows = self.geometry.qkv_rows(self.geometry.mtp if mtp else layer)
+        parts = self.qkv(layer, dtype, mtp=mtp)
+        chunked = [p.view(self.geometry.qkv_chunks, r, -1) for p, r in zip(parts, rows, strict=True)]
+        return torch.cat(chunked, dim=1).flatten(0, 1)
+
+
+def read_draft_config(path: Path) -> Config:
+    """A drafter's config.json; a trailing comma is accepted with a warning, because one published file has it."""
+    text = read_text(path)
+    try:
+        return parse_json(text, str(path))
+    except ValueError:
+        config = parse_json(drop_trailing_commas(text), str(path))
+        warnings.warn(f"{path} has a trailing comma, which is not JSON; write it again with a serialiser", stacklevel=2)
+        return config
+
+
+def read_mask_embedding(path: Path, hidden_size: int, mask_token_id: int, vocab_size: int) -> torch.Tensor:
+    """The BF16 [H] vector that stands in for the embedding row of the mask token; nothing in the file is executed."""
+    if not path.is_file() or path.stat().st_size > MAX_MASK_BYTES:
+        raise ValueError(f"{path} is missing or is not a mask embedding; drafts are poor without it, fetch or train it")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile or cut-off pickle can fail in any way; all of them mean the same to a user
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"{path} is not a plain tensor file ({reason}); do not unpickle it, fetch it again") from None
+    if not isinstance(saved, dict) or set(saved) != {"mask_token_id", "embedding"}:
+        keys = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{path} holds {keys}; exactly mask_token_id and embedding are known, export it again")
+    token, vector = saved["mask_token_id"], saved["embedding"]
+    if not isinstance(token, int) or token != mask_token_id or not 0 <= token < vocab_size:
+        raise ValueError(
+            f"{path} is for mask_token_id {token!r}, the drafter's config says {mask_token_id} of {vocab_size} ids; "
+            "take both from the same release"
+        )
+    if not isinstance(vector, torch.Tensor) or vector.shape != (hidden_size,) or vector.dtype != torch.bfloat16:
+        what = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, torch.Tensor) else type(vector).__name__
+        raise ValueError(f"{path} holds {what}, expected bfloat16 [{hidden_size}]; take it from the same release")
+    if not vector.isfinite().all():
+        raise ValueError(f"{path} holds values that are not finite; export the drafter again")
+    return vector
+
+
+def drafter_folder(folder: str | Path) -> Path:
+    """`folder`/dflash where a release holds its drafter there, else `folder` itself."""
+    folder = Path(folder)
+    return folder / "dflash" if (folder / "dflash" / "config.json").is_file() else folder
+
+
+def read_drafter(folder: str | Path) -> tuple[Config, dict[str, torch.Tensor], torch.Tensor]:
+    """(config, {published name: BF16 tensor}, mask embedding BF16 [H]) of a drafter's folder or of a release.
+
+    ValueError where a tensor is missing, unknown or of another shape, or where the sidecar does not fit the config.
+    """
+    folder = drafter_folder(folder)
+    config = read_draft_config(folder / "config.json")
+    geometry = DraftGeometry.from_config(config)
+    tensors = TensorFolder(folder, (DRAFTER_FILE, "model.safetensors"))
+    for kind, found in differences(drafter_tensors(config), tensors.specs).items():
+        if found:
+            raise ValueError(
+                f"{folder}: {len(found)} drafter tensors with fault {kind!r}, the first {found[0]}; export it again"
+            )
+    layers = config.get("num_target_layers")
+    if layers is not None and not all(0 <= i < layers for i in geometry.target_layer_ids):
+        raise ValueError(f"{folder}: target_layer_ids {geometry.target_layer_ids} leave 0..{layers - 1}; correct them")
+    mask = read_mask_embedding(folder / MASK_FILE, geometry.hidden_size, geometry.mask_token_id, geometry.vocab_size)
+    return config, {name: tensors.raw(name) for name in tensors.names}, mask
+
+
+@dataclass
+class LoadReport:
+    """What `load_model` did with every tensor of a checkpoint."""
+
+    experts: str
+    """storage of the routed experts: mxfp4, fp8 or bf16"""
+    expert_tensors: int = 0
+    """stored tensors that became routed experts"""
+    used: int = 0
+    """stored tensors that became parameters, routed experts included"""
+    not_run: dict[str, int] = field(default_factory=dict)
+    """stored tensors of modules that this model does not run: {"mtp": …, "towers": …}"""
+
+    def __str__(self) -> str:
+        rest = "".join(f", {n} {what} tensors not run" for what, n in self.not_run.items())
+        return f"{self.used} tensors loaded, {self.expert_tensors} of them {self.experts} routed experts{rest}"
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
+    """A MiMoV2ForCausalLM in evaluation mode with every parameter filled exactly once; the report goes to stderr."""
+    model, report = load_model_with_report(folder, dtype, device)
+    print(f"{folder}: {report}", file=sys.stderr)
+    return model
+
+
+def load_model_with_report(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[Any, LoadReport]:
+    """(MiMoV2ForCausalLM, LoadReport). Weights become `dtype`; an F32 router and every router bias stay F32.
+
+    ValueError where a tensor is missing, unknown or misshapen, or where no routed expert matched.
+    """
+    from transformers import GenerationConfig
+
+    from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+    from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    checkpoint = Checkpoint(folder)
+    checkpoint.verify()
+    skip = ("quantization_config", "auto_map", "torch_dtype", "dtype")  # what is built is not quantised
+    config = MiMoV2Config(**{k: v for k, v in checkpoint.config.items() if k not in skip}, dtype=dtype)
+    with torch.device("meta"):
+        model = MiMoV2ForCausalLM(config)
+    report = LoadReport(checkpoint.format[0])
+    state = _fill(checkpoint, list(model.state_dict()), dtype, torch.device(device), report)
+    model.load_state_dict(state, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left, f"not filled: {left[:3]}"
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.eval(), report
+
+
+def _fill(checkpoint: Checkpoint, slots: list[str], dtype: torch.dtype, device: Any, report: LoadReport) -> dict:
+    """{slot: tensor} for every slot of the model; proves that each stored tensor went to exactly one slot."""
+    state: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+
+    def take(*bases: str) -> None:
+        for base in bases:
+            stored = {base, *(base + end for end in (".weight", ".weight_scale", ".weight_scale_inv"))} & set_of_names
+            assert stored and not stored & used, f"{base}: used twice or absent"
+            used.update(stored)
+
+    set_of_names = set(checkpoint.names)
+    for slot in slots:
+        if slot in state:
+            continue
+        if slot == "lm_head.weight" and checkpoint.geometry.tie_word_embeddings:
+            state[slot] = state["model.embed_tokens.weight"]
+        elif slot.endswith("mlp.experts.gate_up_proj"):
+            prefix = slot.removesuffix("gate_up_proj")
+            gate_up, down = checkpoint.experts(int(slot.split(".")[2]), dtype)
+            state[slot], state[prefix + "down_proj"] = gate_up.to(device), down.to(device)
+            before = len(used)
+            for e in range(checkpoint.geometry.n_routed_experts):
+                take(*(f"{prefix}{e}.{which}_proj" for which in ("down", "gate", "up")))
+            report.expert_tensors += len(used) - before
+        else:
+            base = slot.removesuffix(".weight")
+            keep = slot.endswith("e_score_correction_bias") or (
+                slot.endswith(".mlp.gate.weight") and checkpoint.spec(slot).dtype == "F32"
+            )
+            state[slot] = checkpoint.weight(base, torch.float32 if keep else dtype).to(device)
+            take(base)
+    rest = set_of_names - used
+    report.used = len(used)
+    report.not_run = {"mtp": sum(n.startswith(MTP_PREFIX) for n in rest),
+                      "towers": sum(n.startswith(TOWER_PREFIXES) for n in rest)}  # fmt: skip
+    assert sum(report.not_run.values()) == len(rest), f"never used: {sorted(rest)[:3]}"
+    report.not_run = {what: n for what, n in report.not_run.items() if n}
+    return state

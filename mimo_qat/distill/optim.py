@@ -1,0 +1,119 @@
+"""Optimizer of the drafter: float32 masters behind compute weights, AdamW or Muon, and the learning-rate schedules.
+
+The model computes with weights of its own dtype (bfloat16 as a rule, which is also what the file will hold); the
+optimizer moves float32 masters and every step writes them back, rounded. So small updates are not lost to rounding,
+and the last training forward used the released weights.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["wsd", "cosine", "constant"]
+
+
+def learning_rate_factor(
+    schedule: Schedule, step: int, max_steps: int, warmup_ratio: float, decay_ratio: float, floor: float
+) -> float:
+    """Multiplier of the peak learning rate in step 0..max_steps-1, a function of the step alone.
+
+    Linear warm-up over warmup_ratio; then "cosine" to `floor`, "wsd" (warm-up, stable, decay: flat, then linear to
+    `floor` over the last decay_ratio) or "constant".
+    """
+    warmup = round(warmup_ratio * max_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, max_steps - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "wsd":
+        decay = max(1, round(decay_ratio * max_steps))
+        remaining = (max_steps - step) / decay
+        return floor + (1 - floor) * min(1.0, remaining)
+    raise ValueError(f'schedule {schedule!r} is unknown; use "wsd", "cosine" or "constant"')
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon may orthogonalise it: the hidden matrices, and not norms, sinks or the mask vector."""
+    return parameter.dim() == 2
+
+
+class MasterOptimizer:
+    """Owns the float32 masters of a model and steps them with AdamW, or with Muon for matrices and AdamW for the rest.
+
+    accumulate() adds the model's gradients to the masters' and clears them; step() divides by the denominator, clips,
+    steps and writes the masters back. Gradients are sums until step(), so micro-batches weigh what they should.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: Optimizer = "adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.masters = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        if kind not in ("adamw", "muon"):
+            raise ValueError(f'optimizer {kind!r} is unknown; use "adamw" or "muon"')
+        matrices = [m for n, m in self.masters.items() if kind == "muon" and is_matrix(n, m)]
+        chosen = {id(m) for m in matrices}
+        rest = [m for m in self.masters.values() if id(m) not in chosen]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, betas=betas, weight_decay=weight_decay, foreach=True)
+        ]
+        if matrices:
+            # match_rms_adamw scales the orthogonal update to AdamW's size, so one learning rate serves both.
+            self.optimizers.append(
+                torch.optim.Muon(matrices, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Moves the gradients of the model into the masters' float32 sums."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self.masters[name].grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The float32 gradient sums, in a fixed order, for a reduction over ranks."""
+        return [master.grad for master in self.masters.values()]
+
+    @torch.no_grad()
+    def step(self, lr: float, denominator: float, max_grad_norm: float | None = None) -> float:
+        """One update with gradients divided by `denominator`; returns their norm before clipping."""
+        grads = self.gradients()
+        torch._foreach_div_(grads, max(denominator, 1e-12))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if max_grad_norm is not None:
+            torch._foreach_mul_(grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.masters[name])
+        torch._foreach_zero_(grads)
+        return norm.item()
+
+    def state_dict(self) -> dict:
+        return {"masters": self.masters, "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        if state["masters"].keys() != self.masters.keys():
+            odd = sorted(state["masters"].keys() ^ self.masters.keys())[0]
+            raise ValueError(f"the checkpoint and the drafter disagree on {odd}; resume with the same configuration")
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+            self.parameters[name].copy_(master)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)

@@ -1,0 +1,188 @@
+"""One model, one sequence at a time: prefill, then rounds of draft, verify and commit.
+
+    engine = Engine("runs/demo/release")
+    print(engine.generate(prompt_ids, SamplingConfig(max_new_tokens=64)).tokens)
+
+The caches are made once for `max_len` positions and serve every prompt after the other without a reset.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mimo_kernels.mxfp4 import Rule
+from mimo_runtime.load import LoadConfig, load_drafter, load_target, tokenizer_size
+from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
+from mimo_runtime.speculate import Round, SamplingConfig, choose, decode, forced_drafts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+BLOCK = 8  # rows of a verification where no drafter says otherwise
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Where a model runs, and how."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """type of weights and activations; norms, router, softmax and logits are float32 in both"""
+    max_len: int = 4096
+    """longest prompt and output together, in tokens; the caches are this long"""
+    prefill_chunk: int = 256
+    """prompt tokens computed at once"""
+    drafter: str | None = "auto"
+    """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
+
+
+@dataclass
+class Generation:
+    """What one call produced. The first token comes from the prefill, every later one from a round."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] = "length"
+    rounds: list[Round] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: tokens after the first, by the time after the prefill."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """A target, its drafter if there is one, and their caches."""
+
+    def __init__(self, folder: str | Path, cfg: EngineConfig | None = None, *, rtn: Rule | None = None):
+        """Loads a release or BF16 folder; `rtn` snaps the experts of a BF16 folder to MXFP4 with that scale rule.
+
+        ValueError (one line, with the remedy) where the folder is not complete or the drafter is not the target's.
+        """
+        cfg = cfg or EngineConfig()
+        folder = Path(folder)
+        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn)
+        self.folder, self.cfg = folder, cfg
+        self.target = load_target(folder, load)
+        self.device = self.target.embed.device
+        self.drafter = None
+        where = folder / "dflash" if cfg.drafter == "auto" else cfg.drafter and Path(cfg.drafter)
+        if where and (where.exists() or cfg.drafter != "auto"):
+            self.drafter = load_drafter(where, self.target, load, tokenizer_size(folder))
+        self.block = self.drafter.block if self.drafter else BLOCK
+        # In bfloat16 one row is computed as a block of equal rows: it costs the same bytes and gives the same bits, so that
+        # plain decoding does not differ from verification by a rounding.
+        self.min_rows = 1 if cfg.dtype == "float32" else self.block
+        self.caches = new_caches(self.target, cfg.max_len, self.block)
+        self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingConfig | None = None,
+        *,
+        speculate: bool = True,
+        forced_acceptance: int | list[int] | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Generation:
+        """Generates after `prompt_ids`; `on_tokens` gets the tokens of each round as they are committed.
+
+        `speculate=False` leaves the drafter out; the tokens are the same. `forced_acceptance` replaces the drafter's
+        drafts by the model's own next tokens for that many slots a round (a list is cycled through) and by wrong ones
+        after, while the drafter still runs: for tests, and for benchmarks that say so. It decodes plainly first.
+        """
+        sampling = self._resolved(sampling or SamplingConfig())
+        self._check(prompt_ids, sampling)
+        forced = None
+        if forced_acceptance is not None:
+            lengths = [forced_acceptance] if isinstance(forced_acceptance, int) else list(forced_acceptance)
+            truth = self.generate(prompt_ids, sampling, speculate=False).tokens
+            forced = forced_drafts(truth, len(prompt_ids), lengths, self.block, self.target.geometry.vocab_size)
+        drafting = speculate and self.drafter is not None
+
+        def propose(anchor: int, start: int) -> list[int]:
+            drafts = self._draft(anchor, start, sampling) if drafting else []
+            return forced(anchor, start) if forced else drafts
+
+        out, began = Generation(), time.perf_counter()
+        logits = self._prefill(prompt_ids, drafting)
+        first = int(choose(logits, torch.tensor([len(prompt_ids)], device=self.device), sampling)[0])
+        out.tokens.append(first)
+        out.prefill_seconds = time.perf_counter() - began
+        if on_tokens:
+            on_tokens([first])
+        began = time.perf_counter()
+        if first not in sampling.stop_token_ids:
+            verify = self._verify if not drafting else self._verify_and_extend
+            for r in decode(verify, propose, first, len(prompt_ids), sampling.max_new_tokens - 1, sampling):
+                out.rounds.append(r)
+                out.tokens += r.tokens
+                if on_tokens:
+                    on_tokens(r.tokens)
+        out.decode_seconds = time.perf_counter() - began
+        out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
+        return out
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:
+        """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once."""
+        self._check(ids, None)
+        chunk = chunk or self.cfg.prefill_chunk
+        rows = [
+            target_forward(self.target, self.caches, self._tensor(ids[i : i + chunk]), i)[0]
+            for i in range(0, len(ids), chunk)
+        ]
+        return torch.cat(rows)
+
+    def _prefill(self, ids: list[int], drafting: bool) -> torch.Tensor:
+        """Logits [1, vocabulary] after the prompt; fills the caches."""
+        taps = self.drafter.taps if drafting else ()
+        for start in range(0, len(ids), self.cfg.prefill_chunk):
+            chunk = self._tensor(ids[start : start + self.cfg.prefill_chunk])
+            last = len(chunk) - 1
+            logits, tapped = target_forward(self.target, self.caches, chunk, start, taps=taps, logits_from=last)
+            if drafting:
+                draft_context(self.drafter, self.draft_caches, tapped, start)
+        return logits
+
+    def _verify(self, rows: list[int], start: int) -> torch.Tensor:
+        return target_forward(self.target, self.caches, self._tensor(rows), start, min_rows=self.min_rows)[0]
+
+    def _verify_and_extend(self, rows: list[int], start: int) -> torch.Tensor:
+        """Verifies, and stores the drafter's context of all rows; acceptance decides later how many of them count."""
+        logits, taps = target_forward(
+            self.target, self.caches, self._tensor(rows), start, taps=self.drafter.taps, min_rows=self.min_rows
+        )
+        draft_context(self.drafter, self.draft_caches, taps, start)
+        return logits
+
+    def _draft(self, anchor: int, start: int, sampling: SamplingConfig) -> list[int]:
+        logits = draft_forward(self.target, self.drafter, self.draft_caches, self._tensor([anchor]), start)
+        positions = torch.arange(start + 1, start + self.block, device=self.device)
+        return choose(logits, positions, sampling).tolist()
+
+    def _tensor(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor(ids, device=self.device)
+
+    def _resolved(self, sampling: SamplingConfig) -> SamplingConfig:
+        if sampling.stop_token_ids:
+            return sampling
+        return SamplingConfig(**{**vars(sampling), "stop_token_ids": self.target.stop_token_ids})
+
+    def _check(self, ids: list[int], sampling: SamplingConfig | None) -> None:
+        new = sampling.max_new_tokens if sampling else 0
+        if not ids:
+            raise ValueError("the prompt has no tokens; give at least one (a chat template or a BOS token adds some)")
+        if len(ids) + new > self.cfg.max_len:
+            raise ValueError(
+                f"{len(ids)} prompt tokens and {new} new ones do not fit max_len {self.cfg.max_len}; raise max_len"
+            )
+        bad = next((i for i in ids if not 0 <= i < self.target.geometry.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside of the vocabulary; use the tokenizer of this checkpoint")

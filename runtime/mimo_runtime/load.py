@@ -1,0 +1,285 @@
+"""Reads a release folder (or a BF16 folder) into plain tensors on one device, ready for `mimo_runtime.model`.
+
+Every weight is dequantised once, exactly: MXFP4 experts and the FP8 spine of a release become the values that the file
+means, in float32 or rounded once to bfloat16 (MXFP4 values need no rounding). The same code reads the unquantised
+reference, and snaps its experts to MXFP4 on request: the plain post-training quantisation that a release competes with.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mimo_kernels import mxfp4
+from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
+from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`qkv` [(N+G)*K + G*V, H] in global head order, `o` [H, N*V]; `sink` [N] and head norms [K] where the model has
+    them; `window` counts the query's own key, None is full attention."""
+
+    geometry: LayerGeometry
+    window: int | None
+    value_scale: float
+    eps: float
+    qkv: torch.Tensor
+    o: torch.Tensor
+    sink: torch.Tensor | None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Dense SwiGLU: `gate_up` [2I, H] with the gate rows first, `down` [H, I]."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up[e]` [2I, H], `down[e]` [H, I]."""
+
+    router: torch.Tensor
+    bias: torch.Tensor
+    top_k: int
+    normalise: bool
+    scaling: float
+    gate_up: tuple[torch.Tensor, ...]
+    down: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A pre-norm decoder layer, of the target or of the drafter."""
+
+    input_norm: torch.Tensor
+    attention: Attention
+    post_norm: torch.Tensor
+    mlp: Mlp | Moe
+    eps: float
+
+    def weights(self) -> list[torch.Tensor]:
+        """The matrices, that is all but a few kilobytes."""
+        experts = [*self.mlp.gate_up, *self.mlp.down] if isinstance(self.mlp, Moe) else [self.mlp.gate_up, self.mlp.down]
+        return [self.attention.qkv, self.attention.o, *experts]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model whose tokens are generated: `embed` and `head` [vocabulary, H]."""
+
+    geometry: Geometry
+    embed: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+    eps: float
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """A DFlash drafter: `fc` [H, taps*H], a stack of layers, the embedding [H] of its MASK token; embedding table and head
+    are the target's. Token ids from `vocab_size` on are never drafted. `block` counts the anchor and its drafts."""
+
+    taps: tuple[int, ...]
+    block: int
+    causal: bool
+    vocab_size: int
+    eps: float
+    fc: torch.Tensor
+    hidden_norm: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    mask_embedding: torch.Tensor
+
+
+class Progress:
+    """A bar on standard error with bytes and bytes per second; one final line where that is not a terminal."""
+
+    def __init__(self, what: str, steps: int):
+        self.what, self.steps, self.step, self.bytes, self.began = what, steps, 0, 0, time.perf_counter()
+
+    def advance(self, *tensors: torch.Tensor | None) -> None:
+        self.step += 1
+        self.bytes += sum(t.nbytes for t in tensors if t is not None)
+        last = self.step == self.steps
+        if not (last or sys.stderr.isatty()):
+            return
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        bar = "=" * (24 * self.step // self.steps)
+        line = f"{self.what} [{bar:24}] {self.step}/{self.steps}  {self.bytes / 1e9:.2f} GB  {self.bytes / seconds / 1e9:.2f} GB/s"
+        print(f"\r{line}" if sys.stderr.isatty() else line, end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    rtn: mxfp4.Rule | None = None
+
+
+def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
+    """The target of a release or BF16 folder, its names and shapes proved against its config.json first.
+
+    Multi-token-prediction blocks and multimodal towers are not loaded. ValueError names the first fault.
+    """
+    checkpoint = Checkpoint(folder)
+    checkpoint.verify()
+    if cfg.rtn is not None and checkpoint.format[0] != "bf16":
+        raise ValueError(
+            f"{folder} holds {checkpoint.format[0]} experts; round-to-nearest quantisation starts from BF16 experts, "
+            "so give the unquantised folder"
+        )
+    g = checkpoint.geometry
+    bar = Progress("loading target", g.num_hidden_layers + 1)
+    embed = _weight(checkpoint, "model.embed_tokens", cfg)
+    head = embed if g.tie_word_embeddings else _weight(checkpoint, "lm_head", cfg)
+    bar.advance(embed, None if g.tie_word_embeddings else head)
+    layers = []
+    for i in range(g.num_hidden_layers):
+        layers.append(_target_layer(checkpoint, g, i, cfg))
+        bar.advance(*layers[-1].weights())
+    norm = _weight(checkpoint, "model.norm", cfg)
+    stops = stop_tokens(Path(folder), checkpoint.config)
+    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stops)
+
+
+def _weight(checkpoint: Checkpoint, name: str, cfg: LoadConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
+    # A copy: stored tensors are views of a mapped file, unaligned and at the mercy of whoever rewrites it.
+    return checkpoint.weight(name, dtype or cfg.dtype).to(cfg.device, copy=True)
+
+
+def _target_layer(checkpoint: Checkpoint, g: Geometry, i: int, cfg: LoadConfig) -> Layer:
+    at, geometry = f"model.layers.{i}.", g.layers[i]
+
+    def weight(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return _weight(checkpoint, at + name, cfg, dtype)
+
+    attention = Attention(
+        geometry=geometry,
+        window=g.sliding_window if geometry.swa else None,
+        value_scale=g.attention_value_scale,
+        eps=g.layernorm_epsilon,
+        qkv=torch.cat(checkpoint.qkv(i, cfg.dtype)).to(cfg.device),
+        o=weight("self_attn.o_proj"),
+        sink=weight("self_attn.attention_sink_bias", torch.float32) if geometry.sink else None,
+    )
+    mlp: Mlp | Moe
+    if geometry.moe:
+        gate_up, down = checkpoint.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
+        if cfg.rtn is not None:
+            gate_up = mxfp4.snap(gate_up, cfg.rtn, name=at + "mlp.experts.gate_up").to(cfg.dtype)
+            down = mxfp4.snap(down, cfg.rtn, name=at + "mlp.experts.down").to(cfg.dtype)
+        mlp = Moe(
+            router=weight("mlp.gate", torch.float32),
+            bias=weight("mlp.gate.e_score_correction_bias", torch.float32),
+            top_k=g.num_experts_per_tok,
+            normalise=g.norm_topk_prob,
+            scaling=g.routed_scaling_factor,
+            gate_up=gate_up.to(cfg.device).unbind(),
+            down=down.to(cfg.device).unbind(),
+        )
+    else:
+        mlp = Mlp(torch.cat((weight("mlp.gate_proj"), weight("mlp.up_proj"))), weight("mlp.down_proj"))
+    norms = weight("input_layernorm"), weight("post_attention_layernorm")
+    return Layer(norms[0], attention, norms[1], mlp, g.layernorm_epsilon)
+
+
+def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_size: int | None = None) -> Drafter:
+    """The drafter of a release (or in its dflash/ folder), checked against the target it was trained for.
+
+    Ids that are not below `tokenizer_size` are padding rows of the embedding and are never drafted.
+    """
+    config, tensors, mask_embedding = read_drafter(folder)
+    d = DraftGeometry.from_config(config)
+    _check_pair(d, target.geometry)
+    weights = {name.removesuffix(".weight"): t.to(cfg.device, cfg.dtype, copy=True) for name, t in tensors.items()}
+    bar = Progress("loading drafter", 1)
+    bar.advance(*weights.values())
+    return Drafter(
+        taps=d.target_layer_ids,
+        block=d.block_size,
+        causal=d.causal,
+        vocab_size=min(d.vocab_size, tokenizer_size or d.vocab_size),
+        eps=d.rms_norm_eps,
+        fc=weights["fc"],
+        hidden_norm=weights["hidden_norm"],
+        layers=tuple(_draft_layer(weights, d, f"layers.{i}.") for i in range(d.num_hidden_layers)),
+        norm=weights["norm"],
+        mask_embedding=mask_embedding.to(cfg.device, cfg.dtype),
+    )
+
+
+def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str) -> Layer:
+    geometry = LayerGeometry(
+        swa=d.sliding_window is not None,
+        moe=False,
+        heads=d.heads,
+        kv_heads=d.kv_heads,
+        head_dim=d.head_dim,
+        v_head_dim=d.head_dim,
+        rotary_dim=d.rotary_dim,
+        rope_theta=d.rope_theta,
+        sink=d.sinks,
+    )
+    attention = Attention(
+        geometry=geometry,
+        window=d.sliding_window,
+        value_scale=d.value_scale,
+        eps=d.rms_norm_eps,
+        qkv=torch.cat([weights[f"{at}self_attn.{n}_proj"] for n in "qkv"]),
+        o=weights[at + "self_attn.o_proj"],
+        sink=weights[at + "self_attn.attention_sink_bias"].float() if d.sinks else None,
+        q_norm=weights[at + "self_attn.q_norm"],
+        k_norm=weights[at + "self_attn.k_norm"],
+    )
+    mlp = Mlp(torch.cat((weights[at + "mlp.gate_proj"], weights[at + "mlp.up_proj"])), weights[at + "mlp.down_proj"])
+    norms = weights[at + "input_layernorm"], weights[at + "post_attention_layernorm"]
+    return Layer(norms[0], attention, norms[1], mlp, d.rms_norm_eps)
+
+
+def _check_pair(d: DraftGeometry, g: Geometry) -> None:
+    if d.hidden_size != g.hidden_size:
+        raise ValueError(
+            f"the drafter's hidden_size is {d.hidden_size}, the target's {g.hidden_size}; they are not a pair"
+        )
+    if d.vocab_size > g.vocab_size:
+        raise ValueError(
+            f"the drafter's vocab_size {d.vocab_size} is larger than the target's {g.vocab_size}; they are not a pair"
+        )
+    if max(d.target_layer_ids) >= g.num_hidden_layers:
+        raise ValueError(
+            f"the drafter reads target layer {max(d.target_layer_ids)}, but the target has {g.num_hidden_layers} layers; "
+            "they are not a pair"
+        )
+    if d.block_size < 2:
+        raise ValueError(f"the drafter's block_size is {d.block_size}; a block holds the anchor and at least 1 draft")
+
+
+def stop_tokens(folder: Path, config: dict) -> tuple[int, ...]:
+    """End-of-text ids: those of generation_config.json if it has them, else of config.json."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    ids = generation.get("eos_token_id", config.get("eos_token_id"))
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """One more than the largest id that tokenizer.json knows: ids beyond it are padding rows of the embedding."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    largest = max(vocabulary.values()) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+    return 1 + max([largest, *(token["id"] for token in tokenizer.get("added_tokens", ()))])

@@ -1,0 +1,246 @@
+"""The forward passes of a MiMo-V2 target and of its DFlash drafter, as plain functions over plain tensors.
+
+One sequence, T new rows at absolute positions start..start+T-1. Every call has a fixed shape for a fixed T: lengths
+enter as positions and masks only, so the same calls can later be captured once and replayed.
+
+Letters: T rows, H hidden size, N query heads, G key-value heads, K query/key head size, V value head size, S keys,
+E experts, I expert intermediate size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from mimo_runtime.cache import LinearCache, RingCache, visible
+from mimo_runtime.load import Attention, Drafter, Layer, Mlp, Moe, Target
+
+FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
+
+
+def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x [T, in] @ w [out, in]^T -> [T, out], possibly as a transposed view.
+
+    On a CPU in bfloat16 the weight is the left operand: it streams through the matrix units as it lies (measured: 30 GB/s
+    on two cores against 15 for x @ w^T, which repacks the weight at every call), and each row has the same bits for
+    every T from 2 to 16.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > 1:
+        return torch.mm(w, x.t()).t()
+    return F.linear(x, w)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalises the last dimension in float32, casts to x's dtype, then multiplies by the weight."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+
+
+def swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)), unclamped; gate_up [2I, H] holds the gate rows first."""
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, down)
+
+
+def route(moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, H] -> combine weights [T, k] and expert ids [T, k]; float32, the bias steers the selection only."""
+    scores = F.linear(x.float(), moe.router).sigmoid()
+    chosen = (scores + moe.bias).topk(moe.top_k, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if moe.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * moe.scaling, chosen
+
+
+def moe_mlp(moe: Moe, x: torch.Tensor) -> torch.Tensor:
+    """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else."""
+    weights, chosen = route(moe, x)
+    combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in sorted({e for row in chosen.tolist() for e in row}):
+        weight = combine[:, e, None]
+        if len(x) <= FEW_ROWS:  # rows of other experts carry weight zero, which adds exactly nothing
+            out.addcmul_(swiglu(x, moe.gate_up[e], moe.down[e]).float(), weight)
+        else:
+            rows = weight[:, 0].nonzero()[:, 0]
+            out.index_add_(0, rows, swiglu(x[rows], moe.gate_up[e], moe.down[e]).float() * weight[rows])
+    return out.to(x.dtype)
+
+
+def attend(q, keys, values, mask, scale: float, sink: torch.Tensor | None) -> torch.Tensor:
+    """q [T,N,K], keys [G,S,K], values [G,S,V], additive mask [T,S], sink [N] -> [T, N*V]; softmax in float32.
+
+    The sink is one more logit in a head's softmax denominator, with no value behind it.
+    """
+    rows, heads, _ = q.shape
+    groups, group = len(keys), heads // len(keys)
+    q = q.view(rows, groups, group, -1).permute(1, 2, 0, 3).reshape(groups, group * rows, -1)
+    scores = torch.bmm(q, keys.transpose(1, 2)).float().view(groups, group, rows, -1) * scale + mask
+    if sink is not None:
+        column = sink.view(groups, group, 1, 1).expand(-1, -1, rows, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    p = scores.softmax(-1)[..., : keys.shape[1]].to(values.dtype)
+    out = torch.bmm(p.reshape(groups, group * rows, -1), values)
+    return out.view(groups, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
+
+
+class Rows:
+    """The rows of one call: where they are, and what all layers of one kind share (rotations and masks)."""
+
+    def __init__(self, start: int, count: int, padded: int, device: torch.device, dtype: torch.dtype):
+        self.start, self.count, self.dtype = start, count, dtype
+        self.positions = torch.arange(start, start + padded, device=device).clamp_(max=start + count - 1)
+        self._memo: dict = {}
+
+    def rotation(self, theta: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [T, 1, dim/2]: angles in float32, then the compute dtype."""
+        if (theta, dim) not in self._memo:
+            exponents = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32) / dim
+            angles = self.positions[:, None, None].float() * theta**-exponents
+            self._memo[theta, dim] = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return self._memo[theta, dim]
+
+    def mask(self, cache: RingCache) -> torch.Tensor:
+        """What these rows see of the keys that `cache.extend` returned for them."""
+        if cache.window not in self._memo:
+            keys = cache.extended(self.start, self.count)
+            self._memo[cache.window] = visible(self.positions, keys, cache.window)
+        return self._memo[cache.window]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split (NeoX) rotary embedding of the first 2 * cos.shape[-1] elements of each head; the rest passes."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
+    """x [T, H] -> q [T,N,K], k [T,G,K] (normed where the model has head norms, rotated), v [T,G,V] (scaled).
+
+    Without `queries`, q has no heads and its weights are not read.
+    """
+    g = w.geometry
+    heads = g.heads if queries else 0
+    qkv = linear(x, w.qkv if queries else w.qkv[g.heads * g.head_dim :])
+    qk, v = qkv.split(((heads + g.kv_heads) * g.head_dim, g.kv_heads * g.v_head_dim), dim=-1)
+    qk = qk.reshape(len(x), heads + g.kv_heads, g.head_dim)
+    if w.q_norm is not None:
+        q, k = qk.split((heads, g.kv_heads), dim=1)
+        qk = torch.cat((rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)), dim=1)
+    q, k = rotate(qk, *rows.rotation(g.rope_theta, g.rotary_dim)).split((heads, g.kv_heads), dim=1)
+    return q, k, v.reshape(len(x), g.kv_heads, g.v_head_dim) * w.value_scale
+
+
+def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Causal attention of a target layer; padding rows (beyond `rows.count`) are computed and never stored."""
+    q, k, v = project(w, x, rows)
+    keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
+    return linear(attend(q, keys, values, rows.mask(cache), w.geometry.head_dim**-0.5, w.sink), w.o)
+
+
+def mlp(w: Mlp | Moe, x: torch.Tensor) -> torch.Tensor:
+    return moe_mlp(w, x) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down)
+
+
+def target_forward(
+    target: Target,
+    caches: Sequence[RingCache],
+    tokens: torch.Tensor,
+    start: int,
+    *,
+    taps: Sequence[int] = (),
+    logits_from: int = 0,
+    min_rows: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """tokens [T] at positions start.. -> logits [T - logits_from, vocabulary] float32 and taps [T, len(taps)*H].
+
+    A tap i is the residual stream after layer i, before the final norm. Fewer than `min_rows` rows are computed
+    as `min_rows`, by repeating the last one (same experts, same bytes), so that a token's bits do not depend on how many
+    neighbours it is computed with.
+    """
+    count = len(tokens)
+    padded = max(count, min_rows)
+    if padded > count:
+        tokens = torch.cat((tokens, tokens[-1:].expand(padded - count)))
+    x = target.embed[tokens]
+    rows = Rows(start, count, padded, x.device, x.dtype)
+    tapped = {}
+    for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
+        x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows)
+        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps))
+        if i in taps:
+            tapped[i] = x[:count]
+    x = rms_norm(x[logits_from:], target.norm, target.eps)
+    logits = linear(x, target.head)[: count - logits_from].float()
+    return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
+
+
+def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Tensor, start: int) -> None:
+    """Stores the drafter's context keys and values of positions start.. from the target's taps [T, len(ids)*H].
+
+    Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
+    """
+    context = rms_norm(linear(taps, drafter.fc), drafter.hidden_norm, drafter.eps)
+    rows = Rows(start, len(taps), len(taps), taps.device, taps.dtype)
+    for layer, cache in zip(drafter.layers, caches, strict=True):
+        _, k, v = project(layer.attention, context, rows, queries=False)
+        cache.write(k, v, start)
+
+
+def draft_forward(target: Target, drafter: Drafter, caches: Sequence[RingCache], anchor: torch.Tensor, start: int):
+    """Logits [B-1, vocabulary] float32 of the B-1 tokens after `anchor` [1], which stands at position `start`.
+
+    The block is [anchor, MASK x (B-1)]; it sees the committed context (positions < start, inside the window that each
+    query counts from itself) and itself. Its own keys live in the scratch slots of the caches, for this call.
+    """
+    block = caches[0].scratch
+    x = torch.cat((target.embed[anchor], drafter.mask_embedding.expand(block - 1, -1)))
+    rows = Rows(start, block, block, x.device, x.dtype)
+    mask = visible(rows.positions, caches[0].positions(start), caches[0].window, end=start)
+    own = torch.zeros(block, block, device=x.device)
+    if drafter.causal:
+        own = own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu_(1), float("-inf"))
+    mask = torch.cat((own, mask), dim=-1)
+    for layer, cache in zip(drafter.layers, caches, strict=True):
+        x = x + draft_attention(layer, cache, rms_norm(x, layer.input_norm, layer.eps), rows, mask)
+        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps))
+    logits = linear(rms_norm(x, drafter.norm, drafter.eps), target.head)[1:].float()
+    return logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
+
+
+def draft_attention(layer: Layer, cache: RingCache, x: torch.Tensor, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of a drafter's block over [its own keys | the context ring], mask [B, B + S]."""
+    w, used = layer.attention, mask.shape[1]
+    q, k, v = project(w, x, rows)
+    cache.k[:, : cache.scratch], cache.v[:, : cache.scratch] = k.transpose(0, 1), v.transpose(0, 1)
+    out = attend(q, cache.k[:, :used], cache.v[:, :used], mask, w.geometry.head_dim**-0.5, w.sink)
+    return linear(out, w.o)
+
+
+def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:
+    """Caches of one sequence of up to `max_len` positions whose calls verify up to `block` rows."""
+    kw = {"dtype": target.embed.dtype, "device": target.embed.device}
+    caches: list[RingCache] = []
+    for layer in target.layers:
+        g = layer.attention.geometry
+        shape = (g.kv_heads, g.head_dim, g.v_head_dim)
+        window = layer.attention.window
+        if window is None:
+            caches.append(LinearCache(shape, max_len + block, **kw))
+        else:
+            caches.append(RingCache(shape, window + block, window, block=block, **kw))
+    return caches
+
+
+def new_draft_caches(drafter: Drafter, max_len: int) -> list[RingCache]:
+    """Context caches of the drafter, with scratch slots for one block."""
+    kw = {"dtype": drafter.fc.dtype, "device": drafter.fc.device, "scratch": drafter.block}
+    caches: list[RingCache] = []
+    for layer in drafter.layers:
+        g, window = layer.attention.geometry, layer.attention.window
+        shape = (g.kv_heads, g.head_dim, g.v_head_dim)
+        if window is None:
+            caches.append(LinearCache(shape, max_len + drafter.block, **kw))
+        else:
+            caches.append(RingCache(shape, window + drafter.block, window, block=drafter.block, **kw))
+    return caches

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# scripts/test.sh [PYTEST ARGUMENTS]: sets everything up and runs lint, types and all tests that need no GPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh dev
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [ $# -eq 0 ]; then
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+fi
+.venv/bin/python -m pytest -q "$@"

@@ -1,0 +1,146 @@
+"""Tiny releases on disk, written with the project's own writer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_kernels import fp8, mxfp4
+from mimo_qat.checkpoint.layout import Geometry, default_drafter_config, drafter_tensors, target_tensors
+from mimo_qat.checkpoint.writer import write_bf16_folder, write_index, write_json, write_tensors
+
+
+def published(model, geometry) -> dict[str, torch.Tensor]:
+    """The state of a transformers model under per-expert names, every matrix in bfloat16."""
+    out = {}
+    for name, t in model.state_dict().items():
+        t = t.detach()
+        if name.endswith("experts.gate_up_proj"):
+            base, inner = name.removesuffix("gate_up_proj"), geometry.moe_intermediate_size
+            for e in range(len(t)):
+                out[f"{base}{e}.gate_proj.weight"], out[f"{base}{e}.up_proj.weight"] = t[e, :inner], t[e, inner:]
+        elif name.endswith("experts.down_proj"):
+            base = name.removesuffix("down_proj")
+            out |= {f"{base}{e}.down_proj.weight": t[e] for e in range(len(t))}
+        else:
+            out[name] = t
+    return {n: t if n.endswith("correction_bias") else t.bfloat16() for n, t in out.items()}
+
+
+def round_to_bf16(model) -> None:
+    """Makes a float32 model hold values that a BF16 file can hold, so that reading it back is exact."""
+    with torch.no_grad():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if not name.endswith("correction_bias"):
+                t.copy_(t.bfloat16())
+
+
+def reference_folder(folder: Path, config: dict, model) -> Path:
+    tensors = published(model, Geometry.from_config(config))
+    specs = target_tensors(config, experts="bf16", spine="bf16", mtp_layers=0)
+    tensors = {n: tensors[n].float() if s.dtype == "F32" else tensors[n] for n, s in specs.items()}
+    write_bf16_folder(folder, config, tensors, mtp_layers=0)
+    return folder
+
+
+def release_folder(folder: Path, config: dict, model, spine: str = "fp8") -> Path:
+    """MXFP4 experts in the published layout."""
+    g = Geometry.from_config(config)
+    specs = target_tensors(config, experts="mxfp4", spine=spine, mtp_layers=0)
+    tensors = {}
+    for name, t in published(model, g).items():
+        base = name.removesuffix(".weight")
+        if base + ".weight_scale" in specs:
+            tensors[name], tensors[base + ".weight_scale"] = mxfp4.encode(t)
+        elif base + ".weight_scale_inv" in specs:
+            rows = sum(g.qkv_rows(int(name.split(".")[2]))) if "qkv_proj" in name else None
+            tensors[name], tensors[base + ".weight_scale_inv"] = fp8.quantize(t, rows)
+        else:
+            tensors[name] = t.float() if specs[name].dtype == "F32" else t
+    folder.mkdir(parents=True)
+    write_tensors(folder, specs, tensors)
+    write_index(folder, specs, {"save_format": "mxfp4"})
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def drafter_folder(folder: Path, config: dict, *, window: int | None = 24, causal=False, seed=0, **changes) -> Path:
+    """A random drafter with sinks and a mask embedding that matter."""
+    draft = default_drafter_config(config, num_hidden_layers=2) | {"layer_types": None} | changes
+    draft |= {"sliding_window": window, "use_sliding_window": window is not None, "is_causal": causal}
+    draft["dflash_config"] |= {"swa_window_size": window, "use_swa": window is not None, "causal": causal}
+    torch.manual_seed(seed)
+    specs = drafter_tensors(draft)
+    tensors = {n: torch.randn(s.shape).mul(0.2).bfloat16() for n, s in specs.items()}
+    tensors = {n: 1 + t if n.endswith("norm.weight") else t for n, t in tensors.items()}
+    folder.mkdir(parents=True)
+    write_tensors(folder, specs, tensors)
+    write_index(folder, specs, {})
+    write_json(folder / "config.json", draft)
+    mask = {"mask_token_id": draft["dflash_config"]["mask_token_id"], "embedding": torch.randn(draft["hidden_size"]).bfloat16()}
+    torch.save(mask, folder / "mask_embedding.pt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices are slower on many threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_model():
+    """config -> a random float32 model whose values a BF16 file holds exactly."""
+
+    def make(config: dict):
+        from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+        from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+        torch.manual_seed(0)
+        model = MiMoV2ForCausalLM(MiMoV2Config(**config)).eval()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("attention_sink_bias"):
+                tensor.data.normal_()
+            elif name.endswith("e_score_correction_bias"):
+                tensor.normal_(std=0.1)
+        round_to_bf16(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def write_reference():
+    return reference_folder
+
+
+@pytest.fixture
+def write_drafter():
+    return drafter_folder
+
+
+@pytest.fixture
+def reference(tmp_path, tiny_config, tiny_model) -> Path:
+    """A BF16 folder with a drafter; `tiny_model` holds exactly its weights."""
+    round_to_bf16(tiny_model)
+    folder = reference_folder(tmp_path / "bf16", tiny_config, tiny_model)
+    drafter_folder(folder / "dflash", tiny_config)
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path, tiny_config, tiny_model) -> Path:
+    """A release (MXFP4 experts, FP8 spine) with a drafter, of `tiny_model`."""
+    round_to_bf16(tiny_model)
+    folder = release_folder(tmp_path / "release", tiny_config, tiny_model)
+    drafter_folder(folder / "dflash", tiny_config)
+    return folder
+
+
+@pytest.fixture
+def release_of_bf16_spine(tmp_path, tiny_config, tiny_model) -> Path:
+    round_to_bf16(tiny_model)
+    return release_folder(tmp_path / "bf16-spine", tiny_config, tiny_model, spine="bf16")
