@@ -136,7 +136,7 @@ class MiMoV2Config(PreTrainedConfig):
         return self.add_swa_attention_sink_bias if self.is_swa(layer) else self.add_full_attention_sink_bias
 
     def qkv_chunks(self) -> int:
-        """Number of [Q|K|V] row chunks of a fused projection: `num_key_value_heads` of full attention, in every layer."""
+        """Chunks [Q|K|V] of a fused projection, in every layer: `num_key_value_heads` of full attention."""
         return self.num_key_value_heads
 
     def convert_rope_params_to_dict(self, **kwargs):

@@ -5,35 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mimo_qat.checkpoint.reader import read_drafter
+from mimo_qat.checkpoint.writer import write_drafter
 from mimo_qat.models import modeling_dflash
 from mimo_qat.models.modeling_dflash import DFlashConfig, DFlashDraftModel
-from mimo_qat.provenance import atomic_write, write_json
-
-WEIGHTS_FILE = "dflash_draft_model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from mimo_qat.provenance import atomic_write
 
 
 def save_drafter(model: DFlashDraftModel, folder: str | Path) -> Path:
-    """Writes BF16 tensors, index, mask embedding, config.json and the remote code `dflash.py`.
-
-    Each file appears whole or not at all; the config, which makes the folder a drafter, comes last.
-    """
+    """Writes BF16 tensors, index, mask embedding, config.json and the remote code `dflash.py`, each whole or not at all."""
     folder = Path(folder)
     state = {n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
     row = state.pop("mask_embedding")
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    with atomic_write(folder / WEIGHTS_FILE) as path:
-        save_file(state, path)
-    with atomic_write(folder / modeling_dflash.MASK_FILE) as path:
-        torch.save({"mask_token_id": model.config.mask_token_id, "embedding": row}, path)
-    weight_map = dict.fromkeys(sorted(state), WEIGHTS_FILE)
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_drafter(folder, model.config.published(), state, row)
     with atomic_write(folder / "dflash.py") as path:
         shutil.copyfile(modeling_dflash.__file__, path)
-    write_json(folder / "config.json", model.config.published())
     return folder
 
 

@@ -139,7 +139,7 @@ def _chunked(source: dict[str, torch.Tensor], layer: str, chunks: int) -> torch.
 
 
 def save_bf16(model: MiMoV2ForCausalLM, tokenizer: Any, folder: str | Path) -> None:
-    """Writes `model` in BF16 (the router bias in float32) with its tokenizer; the folder appears whole or not at all."""
+    """Writes `model` in BF16 (router bias in float32) with its tokenizer; the folder appears whole or not at all."""
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mimo_kernels import mxfp4
 from torch import nn
+
+from mimo_kernels import mxfp4
 
 
 class SnappedCopy:

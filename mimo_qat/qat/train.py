@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from mimo_kernels import mxfp4
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -40,7 +39,7 @@ class QatConfig:
     model: str
     """BF16 (or FP8) MiMo-V2 folder; its experts are the teacher's"""
     output_dir: str
-    """folder to write: snapped BF16 model, metrics.jsonl, checkpoints/"""
+    """folder to write: snapped BF16 model, metrics.jsonl, held_out.jsonl, checkpoints/"""
     dataset_name: str = "stdlib"
     """training rows: a .jsonl file, a hub dataset, or "stdlib" """
     held_out: float = 0.1
@@ -73,7 +72,7 @@ class QatConfig:
     """steps between held-out evaluations; the last step is always evaluated"""
     save_steps: int = 50
     """steps between checkpoints; 0 for none"""
-    resume: bool = True
+    resume_from_checkpoint: bool = True
     """continue from the newest checkpoint in output_dir"""
     report_to: Literal["none", "wandb", "trackio"] = "none"
     """experiment tracker besides metrics.jsonl"""
@@ -123,6 +122,8 @@ class Trainer:
     def _data(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         config = self.config
         kept, held = data.split_rows(data.read_rows(config.dataset_name), config.held_out, config.seed)
+        if self.accelerator.is_main_process:
+            data.write_rows(self.out / "held_out.jsonl", held)
         pad = self.tokenizer.pad_token_id or 0
         per_step = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -235,17 +236,18 @@ class Trainer:
     def resume(self) -> None:
         """Continues from the newest checkpoint, if there is one; refuses one of another configuration."""
         found = sorted((self.out / "checkpoints").glob("step-*"))
-        if not found or not self.config.resume:
+        if not found or not self.config.resume_from_checkpoint:
             return
         state = json.loads((found[-1] / "state.json").read_text())
         theirs, ours = state["config"], asdict(self.config)
-        free = {"logging_steps", "save_steps", "eval_steps", "report_to", "run_name", "resume", "output_dir"}
+        free = {"logging_steps", "save_steps", "eval_steps", "report_to", "run_name", "output_dir"}
+        free.add("resume_from_checkpoint")
         differing = [k for k in ours if k not in free and theirs.get(k) != ours[k]]
         if differing:
             key = differing[0]
             raise ValueError(
                 f"{found[-1]} was made with {key} {theirs.get(key)!r}, now {ours[key]!r}; "
-                "use the same configuration, another output_dir, or --resume false"
+                "use the same configuration, another output_dir, or --resume_from_checkpoint false"
             )
         self.engine.load_masters(load_file(found[-1] / "masters.safetensors", device=str(self.accelerator.device)))
         where = self.accelerator.device

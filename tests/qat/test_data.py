@@ -64,7 +64,7 @@ def test_split_keeps_prompts_apart_and_is_stable():
     kept, held = data.split_rows(rows, 0.3)
     assert len(kept) + len(held) == 200 and 20 < len(held) < 110
     assert not {data.prompt_of(r) for r in kept} & {data.prompt_of(r) for r in held}
-    more_kept, more_held = data.split_rows(rows + [chat(("user", "new"), ("assistant", "x"))], 0.3)
+    more_kept, more_held = data.split_rows([*rows, chat(("user", "new"), ("assistant", "x"))], 0.3)
     assert [r for r in more_held if data.prompt_of(r) != "new"] == held
     assert [r for r in more_kept if data.prompt_of(r) != "new"] == kept
 

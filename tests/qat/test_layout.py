@@ -210,7 +210,7 @@ def test_layout_does_not_import_torch():
         ({"moe_layer_freq": [0, 1, 1, 2]}, "moe_layer_freq"),
         ({"moe_router_dtype": "float16"}, "moe_router_dtype"),
         ({"num_attention_heads": 3}, "3 query heads"),
-        ({"partial_rotary_factor": 0.3}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.32}, "partial_rotary_factor"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
         ({"sliding_window": None}, "sliding_window"),
         ({"swa_window_convention": "vllm"}, "swa_window_convention"),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mimo_kernels import mxfp4
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.reader import Checkpoint, load_model
 from mimo_qat.models.upcycle import save_bf16
 from mimo_qat.qat.experts import TokenCounts, expert_parameters

@@ -1,0 +1,533 @@
+"""Distillation: losses against autograd, denominators, optimizer, taps, real decoding, resume after a kill."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from mimo_qat.distill import evaluate as decode
+from mimo_qat.distill.answers import answer_prompts, questions
+from mimo_qat.distill.objective import (
+    decay_weights,
+    default_gamma,
+    dpace_weights,
+    head_loss,
+    metrics,
+)
+from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
+from mimo_qat.distill.taps import Taps
+from mimo_qat.distill.train import DistillConfig, Distiller, distill, new_drafter, spread_layers
+from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # bit-equality across processes needs one order of summation
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(tmp_path, **changes):
+    values = {
+        "target": "tiny",
+        "output_dir": str(tmp_path),
+        "data": "rows",
+        "num_draft_layers": 1,
+        "block_size": SIZE,
+        "num_taps": 3,
+        "intermediate_size": 128,
+        "sliding_window": 64,
+        "mask_token_id": 511,
+        "max_length": 32,
+        "num_anchors": 8,
+        "per_device_train_batch_size": 2,
+        "max_steps": 8,
+        "logging_steps": 2,
+        "save_steps": 0,
+        "eval_prompts": 0,
+        "bf16": False,
+    }
+    return DistillConfig(**values | changes)
+
+
+def packed_rows(count=6, length=32, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    loss_mask = torch.ones(count, length, dtype=torch.long)
+    loss_mask[:, :5] = 0
+    return {
+        "input_ids": torch.randint(0, 500, (count, length), generator=g),
+        "loss_mask": loss_mask,
+        "doc_ids": torch.zeros(count, length, dtype=torch.long),
+        "position_ids": torch.arange(length).repeat(count, 1),
+    }
+
+
+def no_rows():
+    return {name: values[:0] for name, values in packed_rows().items()}
+
+
+# --- objective ---------------------------------------------------------------------------------------------------
+
+
+def naive(hidden, head, labels, supervised, loss, gamma=4.0):
+    """The same loss through autograd, everything at once, in the dtype of the inputs."""
+    ce = F.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    if loss == "ce":
+        weights = torch.exp(-torch.arange(labels.shape[1]) / gamma).to(ce) * supervised
+    else:
+        weights = torch.zeros_like(ce)
+        for m in range(ce.shape[0]):
+            for j in range(ce.shape[1]):
+                for last in range(j, ce.shape[1]):
+                    if supervised[m, : last + 1].all():
+                        weights[m, j] += torch.prod(0.5 * torch.exp(-ce[m, : last + 1]) + 0.5).item()
+    return (ce * weights).sum(), weights
+
+
+@pytest.mark.parametrize("loss", ["ce", "dpace"])
+def test_head_loss_equals_autograd(loss):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 7, 12, generator=g, requires_grad=True)
+    head, labels = torch.randn(40, 12, generator=g), torch.randint(0, 40, (11, 7), generator=g)
+    supervised = (torch.rand(11, 7, generator=g) > 0.2).cumprod(1).bool()
+    sums = head_loss(hidden, head, labels, supervised, loss=loss, gamma=4.0, chunk_blocks=4)
+    (grad,) = torch.autograd.grad(3 * sums.loss, hidden)
+    hidden64 = hidden.detach().double().requires_grad_()
+    expected, weights = naive(hidden64, head.double(), labels, supervised, loss)
+    (expected_grad,) = torch.autograd.grad(3 * expected, hidden64)
+    assert math.isclose(sums.loss.item(), expected.item(), rel_tol=1e-5)
+    assert (grad - expected_grad).abs().max() < 1e-4 and expected_grad.abs().max() > 0.1
+    denominator = supervised[:, 0].sum().item() if loss == "dpace" else weights.sum().item()
+    assert math.isclose(sums.denominator.item(), denominator, rel_tol=1e-6)
+
+
+def test_decay_constants_are_the_published_ones():
+    assert [default_gamma(b) for b in (8, 10, 16)] == [4.0, 5.0, 7.0]
+    assert torch.allclose(decay_weights(4, 2.0), torch.tensor([1.0, math.exp(-0.5), math.exp(-1.0)]))
+
+
+def test_dpace_weights_by_hand():
+    ce = torch.log(torch.tensor([[1.0, 2.0, 4.0]]))  # probabilities 1, 1/2, 1/4 -> s = 1, 3/4, 5/8
+    weights = dpace_weights(ce, torch.ones(1, 3, dtype=torch.bool))
+    products = [1.0, 0.75, 0.75 * 0.625]
+    assert torch.allclose(weights, torch.tensor([[sum(products), sum(products[1:]), products[2]]]))
+    cut = dpace_weights(ce, torch.tensor([[True, True, False]]))
+    assert torch.allclose(cut, torch.tensor([[1.75, 0.75, 0.0]]))
+
+
+def test_metrics_by_hand():
+    head = torch.eye(4)
+    labels = torch.tensor([[0, 1, 2], [3, 3, 3], [1, 1, 1]])
+    says = torch.tensor([[0, 1, 3], [0, 3, 3], [1, 1, 0]])
+    supervised = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0]]).bool()
+    got = metrics(head_loss(10 * F.one_hot(says, 4).float(), head, labels, supervised).vector())
+    # Prefixes 2, 0 and 1: the second block misses its first slot, and the third has one slot that counts.
+    assert got["prefix_length"] == 1 + 3 / 3
+    assert got["accuracy_by_slot"] == [0.6667, 1.0, 0.5] and got["accuracy"] == 5 / 7
+
+
+def test_padding_and_micro_batches_do_not_change_the_loss_or_the_step(tiny_model, tmp_path):
+    rows = packed_rows(2)
+    rows["loss_mask"][1, :20] = 0  # the two rows weigh differently
+    wide = {name: F.pad(v, (0, 9), value=-1 if name == "doc_ids" else 0) for name, v in rows.items()}
+    weights = []
+    for data, batch, accumulate in ((rows, 2, 1), (rows, 1, 2), (wide, 2, 1)):
+        config = settings(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, num_anchors=64
+        )
+        run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), data, no_rows())
+        run.train_step()  # 64 anchors take every valid position, so the draw does not matter
+        moments = run.optimizer.optimizers[0].state_dict()["state"]  # after one step: 0.1 * the divided gradient
+        weights.append((metrics(run.window)["loss"], [m["exp_avg"] for m in moments.values()]))
+    for loss, gradients in weights[1:]:
+        assert math.isclose(loss, weights[0][0], rel_tol=1e-6)
+        for got, expected in zip(gradients, weights[0][1], strict=True):
+            assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+# --- optimizer ---------------------------------------------------------------------------------------------------
+
+
+def test_masters_keep_updates_that_bfloat16_would_lose():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    optimizer = MasterOptimizer(model, "adamw")
+    model.bfloat16()
+    for _ in range(20):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.accumulate()
+        optimizer.step(lr=1e-4, denominator=1.0)
+    assert abs(optimizer.masters["weight"].item() - 0.998) < 1e-5
+    assert model.weight.item() == torch.tensor(0.998).bfloat16().item() != 1.0
+
+
+def test_step_divides_by_the_denominator_then_clips():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = MasterOptimizer(model, "adamw")
+    for _ in range(2):
+        model.weight.grad = torch.tensor([[30.0, 40.0]])
+        optimizer.accumulate()
+    assert model.weight.grad is None
+    assert math.isclose(optimizer.step(0.0, denominator=10.0, max_grad_norm=1.0), 10.0, rel_tol=1e-6)
+    assert torch.allclose(optimizer.optimizers[0].state_dict()["state"][0]["exp_avg"], torch.tensor([[0.06, 0.08]]))
+
+
+def test_muon_takes_matrices_and_leaves_norms_sinks_and_the_mask_vector(tiny_model, tmp_path):
+    config = settings(tmp_path)
+    optimizer = MasterOptimizer(new_drafter(config, tiny_model, 511), "muon")
+    adamw, muon = ([id(p) for g in o.param_groups for p in g["params"]] for o in optimizer.optimizers)
+    names = {id(m): n for n, m in optimizer.masters.items()}
+    assert {names[i].split(".")[-2] for i in muon} == {
+        "fc", *(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")),
+    }  # fmt: skip
+    assert {"mask_embedding", "layers.0.self_attn.attention_sink_bias", "norm.weight"} <= {names[i] for i in adamw}
+    assert len(adamw) + len(muon) == len(names)
+
+
+def test_schedules_by_hand():
+    def rates(kind):
+        return [round(learning_rate_factor(kind, s, 10, 0.2, 0.5, 0.1), 4) for s in range(10)]
+
+    assert rates("wsd") == [0.3333, 0.6667, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28]
+    assert rates("constant") == [0.3333, 0.6667] + [1.0] * 8
+    assert rates("cosine")[2] == 1.0 and rates("cosine")[6] == 0.55
+    with pytest.raises(ValueError, match="linear"):
+        learning_rate_factor("linear", 5, 10, 0.0, 0.5, 0.0)  # type: ignore[arg-type]
+
+
+# --- taps --------------------------------------------------------------------------------------------------------
+
+
+def test_taps_are_layer_outputs_before_the_final_norm(tiny_model):
+    ids = torch.arange(7)[None]
+    with torch.no_grad(), Taps(tiny_model, [3, 0]) as taps:
+        out = tiny_model(ids, output_hidden_states=True)
+        got = taps.take()
+    assert torch.equal(got, torch.cat((out.hidden_states[4], out.hidden_states[1]), -1))
+    last = got[..., :96]
+    assert torch.equal(tiny_model.lm_head(tiny_model.model.norm(last)), out.logits)
+    assert not tiny_model.model.layers[3]._forward_hooks
+    with pytest.raises(ValueError, match="holds 4"):
+        Taps(tiny_model, [4])
+
+
+def test_spread_layers():
+    assert spread_layers(48, 5) == [0, 11, 23, 35, 47]  # as published
+    assert spread_layers(4, 4) == [0, 1, 2, 3] and spread_layers(9, 1) == [4]
+    with pytest.raises(ValueError, match="num_taps is 5"):
+        spread_layers(4, 5)
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------
+
+
+def random_drafter(model, tmp_path, **changes):
+    return new_drafter(settings(tmp_path, **changes), model, 511).eval()
+
+
+PROMPT = [17, 3, 99, 200, 41, 7]
+
+
+@pytest.mark.parametrize("window", [64, 6])
+def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_path, window):
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=window)
+    prompts = [PROMPT, [5], list(range(40, 70))]  # a prompt of one token, and one longer than the windows
+    result = decode.evaluate(tiny_model, drafter, prompts, 24, compare_greedy=True)
+    assert result["equal_to_greedy"] == 3
+    assert 1.0 <= result["acceptance_length"] < 1.3
+    assert result["tokens"] == 72 and result["cap"] == SIZE and len(result["survival"]) == SIZE - 1
+
+
+def test_transformers_generates_the_same_tokens_with_the_drafter(tiny_model, tmp_path):
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=6)
+    ids = torch.tensor([PROMPT])
+    plain = tiny_model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    options = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, speculation_type="dflash")
+    assert torch.equal(tiny_model.generate(ids, generation_config=options, assistant_model=drafter), plain)
+
+
+def test_end_of_sequence_inside_a_block_and_a_limit_inside_a_block(tiny_model, tmp_path):
+    drafter = random_drafter(tiny_model, tmp_path)
+    tokens = decode.greedy(tiny_model, PROMPT, 12)
+    end = tokens[6]
+    cut = tokens[: tokens.index(end) + 1]
+    assert decode.speculate(tiny_model, drafter, PROMPT, 12, [end]).tokens == cut
+    for limit in (1, 2, 5):
+        assert decode.speculate(tiny_model, drafter, PROMPT, limit).tokens == tokens[:limit]
+
+
+class Oracle:
+    """Stands in for a drafter: right in the first `hits` slots of a round, wrong after; `hits` cycles."""
+
+    def __init__(self, drafter, model, text, hits):
+        self.config, self.text, self.hits = drafter.config, text, hits
+        self.rows, self.committed, self.rounds = model.lm_head.weight, 0, 0
+
+    def __call__(self, noise_embeds, context, past_key_values):
+        for layer in range(self.config.num_hidden_layers):
+            kept = torch.zeros(1, 1, context.shape[1] + SIZE, 1)
+            past_key_values.update(kept, kept, layer)
+        self.committed += context.shape[1]  # the anchor is the token after the committed context
+        true = self.text[self.committed + 1 : self.committed + SIZE]
+        hits = self.hits[self.rounds % len(self.hits)]
+        self.rounds += 1
+        ids = torch.tensor([0, *(t if k < hits else (t + 1) % 512 for k, t in enumerate(true))])
+        return SimpleNamespace(last_hidden_state=self.rows[ids][None])  # a head row scores highest with itself
+
+
+@pytest.mark.parametrize("hits", [[0], [1], [2], [3], [3, 0, 2, 1, 1, 3]])
+def test_rollback_after_every_number_of_accepted_drafts(tiny_model, tmp_path, hits):
+    """With forced acceptance the target's cache, rolling windows included, must continue as if nothing was tried."""
+    text = [*PROMPT, *decode.greedy(tiny_model, PROMPT, 40 + SIZE)]
+    oracle = Oracle(random_drafter(tiny_model, tmp_path), tiny_model, text, hits)
+    out = decode.speculate(tiny_model, oracle, PROMPT, 40)
+    assert out.tokens == text[len(PROMPT) : len(PROMPT) + 40]
+    assert out.rounds == [hits[i % len(hits)] + 1 for i in range(len(out.rounds))]
+    assert sum(out.rounds) >= 39 - SIZE
+
+
+def test_sampling_with_equality_acceptance_is_the_targets_distribution(tiny_config, tmp_path):
+    """Two tokens at temperature 1 from a vocabulary of 6: joint frequencies against exact probabilities."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 6, "num_hidden_layers": 1, "hybrid_layer_pattern": [0], "moe_layer_freq": [0]}
+    model = MiMoV2ForCausalLM(MiMoV2Config(**tiny_config | small)).eval()
+    config = settings(tmp_path, num_taps=1, block_size=2, intermediate_size=16)
+    drafter = new_drafter(config, model, 5).eval()
+    prompt, draws = [1, 2, 3], 2000
+    with torch.no_grad():
+        first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        second = model(torch.tensor([[*prompt, t] for t in range(6)])).logits[:, -1].softmax(-1)
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(6, 6)
+    accepted = 0
+    for _ in range(draws):
+        out = decode.speculate(model, drafter, prompt, 3, temperature=1.0, generator=generator)
+        counts[out.tokens[0], out.tokens[1]] += 1
+        accepted += out.rounds[0] == 2
+    expected = draws * first[:, None] * second
+    assert expected.min() > 5
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square < 35 + 4 * math.sqrt(2 * 35)  # 35 degrees of freedom
+    assert 0 < accepted < draws  # both paths were taken
+
+
+def test_ngram_rounds_by_hand():
+    # "1 2 3 1 2 3 1 2 3": after the first generated token (1) the lookup knows the rest of the cycle.
+    assert decode.ngram_rounds([1, 2, 3], [1, 2, 3, 1, 2, 3], 4) == [4]
+    assert decode.ngram_rounds([1, 2, 3], [1, 2, 3, 1, 2, 3], 3) == [3]
+    assert decode.ngram_rounds([7], [1, 2, 3], 4) == [1, 1]
+    assert decode.ngram_rounds([5, 9], [5, 8, 4], 4) == [1, 1]  # proposes 9 after 5, which is wrong
+
+
+def test_distinct_3_and_pooling_by_hand():
+    assert decode.distinct_3([1, 2, 3, 1, 2, 3, 1]) == 3 / 5 and decode.distinct_3([1]) == 1.0
+    assert decode.mean_rounds([[1, 1, 1, 1], [4]]) == 8 / 5
+    low, high = decode.bootstrap_interval([[1, 1, 1, 1], [4], [2, 2]])
+    assert 1.0 <= low < 12 / 7 < high <= 4.0
+
+
+def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path):
+    answer = decode.greedy(tiny_model, PROMPT, 25)
+    ids = torch.tensor([[*PROMPT, *answer]])
+    rows = {
+        "input_ids": ids,
+        "loss_mask": (torch.arange(ids.shape[1]) >= len(PROMPT)).long()[None],
+        "doc_ids": torch.zeros_like(ids),
+        "position_ids": torch.arange(ids.shape[1])[None],
+    }
+    config = settings(
+        tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=150,
+        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True,
+    )  # fmt: skip
+    out = distill(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows(), [PROMPT], [])
+    assert out["accuracy"] == 1.0
+    assert out["decoding"]["acceptance_length"] == SIZE, out
+    assert out["decoding"]["survival"] == [1.0] * (SIZE - 1)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls_in_bfloat16(tiny_model, tmp_path, optimizer):
+    config = settings(tmp_path, bf16=True, optimizer=optimizer, max_steps=30, learning_rate=3e-3, logging_steps=10)
+    run = Distiller(config, tiny_model.bfloat16(), new_drafter(config, tiny_model, 511), packed_rows(2), no_rows())
+    run.run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(p.dtype == torch.bfloat16 for p in run.drafter.parameters())
+    for name, parameter in run.drafter.named_parameters():
+        assert torch.equal(parameter, run.optimizer.masters[name].bfloat16()), name
+
+
+def test_gradients_reach_every_parameter_and_none_of_the_target(tiny_model, tmp_path):
+    config = settings(tmp_path)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), no_rows())
+    before = {n: p.clone() for n, p in run.drafter.named_parameters()}
+    run.train_step()
+    for name, parameter in run.drafter.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+    assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
+
+
+def test_a_batch_without_anchors_is_harmless(tiny_model, tmp_path):
+    rows = packed_rows(2)
+    rows["loss_mask"].zero_()
+    config = settings(tmp_path)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows())
+    before = run.drafter.fc.weight.clone()
+    assert run.train_step()["grad_norm"] == 0.0 and metrics(run.window)["loss"] == 0.0
+    assert torch.equal(run.drafter.fc.weight, before)
+
+
+def test_batches_are_shuffled_epochs(tiny_model, tmp_path):
+    config = settings(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(6), no_rows())
+    seen = []
+    for run.step in range(3):
+        for micro in range(2):
+            chosen, batch = run.batch(micro)
+            assert torch.equal(batch["input_ids"], run.rows["input_ids"][chosen])
+            seen += chosen
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6)) and seen[:6] != seen[6:]
+
+
+def test_cached_taps_are_the_taps(tiny_model, tmp_path):
+    config = settings(tmp_path, cache_taps=True)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), no_rows())
+    chosen, batch = run.batch(0)
+    first, again = run.training_taps(chosen, batch), run.training_taps(chosen, batch)
+    assert torch.equal(first, again) and (first - run.taps(batch)).abs().max() < 1e-5
+
+
+KILLED_RUN = """
+    import json, os, signal, sys, torch
+    torch.set_num_threads(1)
+    from test_distill import Distiller, settings, packed_rows, no_rows, new_drafter, MiMoV2Config, MiMoV2ForCausalLM
+    given = json.loads(sys.argv[1])
+    model = MiMoV2ForCausalLM(MiMoV2Config(**given["model"])).eval()
+    model.load_state_dict(torch.load(given["weights"], weights_only=True))
+    model.bfloat16()
+    config = settings(given["out"], save_steps=3, **given["changes"])
+    run = Distiller(config, model, new_drafter(config, model, 511), packed_rows(), no_rows())
+    step = run.train_step
+    def dying():
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step()
+    run.train_step = dying
+    run.run()
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, tiny_config, tmp_path, request):
+    changes = {"optimizer": "muon", "bf16": True, "gradient_accumulation_steps": 2, "num_draft_layers": 2}
+    torch.save(tiny_model.state_dict(), tmp_path / "weights.pt")
+    tiny_model.bfloat16()
+
+    def run(out, **more):
+        config = settings(tmp_path / out, save_steps=3, **changes, **more)
+        return distill(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), no_rows(), [], [])
+
+    given = {"model": tiny_config, "changes": changes}
+    given |= {"weights": str(tmp_path / "weights.pt"), "out": str(tmp_path / "killed")}
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_RUN), json.dumps(given)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(request.path.parent), *sys.path])},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] == 3
+    resumed = run("killed", resume_from_checkpoint=True)
+    whole = run("whole")
+    for name in ("dflash_draft_model.safetensors", "mask_embedding.pt", "config.json"):
+        a, b = (tmp_path / out / "dflash" / name for out in ("killed", "whole"))
+        assert a.read_bytes() == b.read_bytes(), name
+    states = [torch.load(tmp_path / o / "checkpoint.pt", weights_only=True) for o in ("killed", "whole")]
+    for name, master in states[0]["optimizer"]["masters"].items():
+        assert torch.equal(master, states[1]["optimizer"]["masters"][name]), name
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in text.splitlines()]
+        for text in ((tmp_path / o / "metrics.jsonl").read_text() for o in ("killed", "whole"))
+    ]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [2, 4, 6, 8]
+    assert resumed["loss"] == whole["loss"]
+
+
+def test_resuming_with_another_learning_rate_is_refused(tiny_model, tmp_path):
+    config = settings(tmp_path, save_steps=4)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), no_rows())
+    run.run()
+    other = replace(config, learning_rate=1e-3, resume_from_checkpoint=True, logging_steps=1)
+    run = Distiller(other, tiny_model, new_drafter(other, tiny_model, 511), packed_rows(), no_rows())
+    with pytest.raises(ValueError, match="learning_rate"):
+        run.run()
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+class NumberTokenizer:
+    """Text is numbers; a turn is its content."""
+
+    pad_token_id, eos_token_id = 0, None
+
+    def __call__(self, text, add_special_tokens=False):
+        return SimpleNamespace(input_ids=[int(t) for t in text.split()])
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        return " ".join(m["content"] for m in messages) + " "
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_batched_answers_equal_answers_alone(tiny_model):
+    prompts = [ask("17 3 99 200 41 7"), ask("5"), ask("60 61 62")]
+    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), prompts, 10, batch_size=3)
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = [int(t) for t in prompt[0]["content"].split()]
+        assert row["messages"][:1] == prompt
+        assert row["messages"][1]["content"] == " ".join(map(str, decode.greedy(tiny_model, ids, 10)))
+    assert counts == {"prompts": 3, "answered": 3, "tokens": 30, "truncated": 3, "looping": 0, "empty": 0}
+
+
+def test_looping_answers_are_dropped(tiny_model):
+    with torch.no_grad():  # a head that always says the same
+        tiny_model.lm_head.weight.zero_()
+    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6"), ask("7")], 12, batch_size=2)
+    assert rows == [] and counts["looping"] == 2 and counts["answered"] == 0
+
+
+def test_sampled_answers_follow_the_seed(tiny_model):
+    def answers(seed):
+        return answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6")], 12, 1, temperature=1.0, seed=seed)[0]
+
+    assert answers(1) == answers(1) != answers(2)
+
+
+def test_questions_end_before_the_last_answer():
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    assert questions([{"messages": turns}]) == [turns[:3]]
+    with pytest.raises(ValueError, match="row 0"):
+        questions([{"text": "prose"}])
