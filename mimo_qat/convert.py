@@ -77,7 +77,7 @@ class ConvertConfig:
     overwrite: bool = False
     """replace `out` where it is not empty; until the new release is complete the old one stays"""
     device: str = "cpu"
-    """where weights are quantized: cpu or cuda; the bytes are the same"""
+    """where experts are quantized: cpu or cuda; the bytes are the same"""
 
 
 def release_config(source: Config, spine: Spine, mtp_layers: int) -> Config:
@@ -94,10 +94,13 @@ def release_config(source: Config, spine: Spine, mtp_layers: int) -> Config:
         "attention_projection_layout": "fused_qkv",
         dtype_key: "bfloat16",
     }
-    if mtp_layers and source.get("num_nextn_predict_layers") not in (None, mtp_layers):
+    stated = source.get("num_nextn_predict_layers")
+    if stated and not mtp_layers:
+        config["num_nextn_predict_layers"] = 0  # training drops the MTP blocks; engines must not look for them
+    elif stated not in (None, mtp_layers):
         raise ValueError(
-            f"num_nextn_predict_layers is {source['num_nextn_predict_layers']}, but the checkpoint holds {mtp_layers} "
-            "MTP blocks; correct the source's config.json"
+            f"num_nextn_predict_layers is {stated}, but the checkpoint holds {mtp_layers} MTP blocks; "
+            "correct the source's config.json"
         )
     config["quantization_config"] = quantization_config(config, "mxfp4", spine, mtp_layers)
     return config
@@ -141,11 +144,11 @@ class Conversion:
             return self._expert(base)
         if base + ".weight_scale_inv" in specs:
             codes, scales = fp8.quantize(self._spine(base, torch.float32), self._chunk_rows(base), name=base)
-            return {base + ".weight": codes.cpu(), base + ".weight_scale_inv": scales.cpu()}, 0
+            return {base + ".weight": codes, base + ".weight_scale_inv": scales}, 0
         (name, spec), *rest = specs.items()
         assert not rest, f"{base}: unexpected {rest}"
         if spec.dtype == "BF16" and ".mlp.gate." not in name:
-            return {name: self._spine(base, torch.bfloat16).cpu()}, 0
+            return {name: self._spine(base, torch.bfloat16)}, 0
         return {name: self._router(name, spec.dtype)}, 0
 
     def _expert(self, base: str) -> tuple[dict[str, torch.Tensor], int]:
@@ -156,10 +159,11 @@ class Conversion:
         return {base + ".weight": packed.cpu(), base + ".weight_scale": scales.cpu()}, changed
 
     def _spine(self, base: str, dtype: torch.dtype) -> torch.Tensor:
+        """A weight of the spine, on the CPU: a GPU divides by constants otherwise, and FP8 scales move by an ulp."""
         match = _QKV.match(base)
         if match:
-            return self.source.fused_qkv(int(match[2]), dtype, mtp=bool(match[1])).to(self.cfg.device)
-        return self.source.weight(base, dtype).to(self.cfg.device)
+            return self.source.fused_qkv(int(match[2]), dtype, mtp=bool(match[1]))
+        return self.source.weight(base, dtype)
 
     def _chunk_rows(self, base: str) -> int | None:
         match = _QKV.match(base)

@@ -26,21 +26,29 @@ def read_steps(folder: Path) -> Documents:
 
 def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
     """The figures as records {name, value, unit, conditions, command, commit}."""
-    qad, quality, bench = steps["qad"], steps["quality"], steps["bench"]
+    qad, rows, bench = steps["qad"], steps["quality"]["rows"], steps["bench"]
+    plain, release = _plain_row(rows), rows["release"]
     machine = {**hardware(), **versions()}
-    rows = {row["name"]: row for row in quality["rows"]}
-    held_out = {"text": "held-out functions of the standard library", "tokens": quality["tokens"]}
-    decoding = {"prompts": bench["prompts"], "max_new_tokens": bench["max_new_tokens"], "temperature": 0}
-    decoding |= {"dtype": bench["dtype"], "aggregate": "pooled", "cap": bench["block_size"]}
+    settings = steps["quality"]["conditions"]
+    held_out = {
+        "text": "held-out functions of the Python standard library",
+        "windows": settings["windows"],
+        "length": settings["length"],
+        "dtype": settings["dtype"],
+        "scale_rule": qad["scale_rule"],
+        "qad_steps": qad["steps"],
+    }
+    decoding = {k: bench["conditions"][k] for k in ("max_new_tokens", "temperature", "dtype", "seed", "block")}
+    decoding |= {"prompts": bench["prompts"], "aggregate": "pooled", "ngram_lookup": bench["lookup_length"]}
     table: list[tuple[str, float, str, dict[str, Any], str]] = [
-        ("kl_rtn", rows["rtn"]["kl_mean"], "nats/token", held_out, "quality"),
-        ("kl_qad", rows["release"]["kl_mean"], "nats/token", held_out | {"steps": qad["steps"]}, "quality"),
-        ("top1_rtn", rows["rtn"]["top1"], "fraction", held_out, "quality"),
-        ("top1_qad", rows["release"]["top1"], "fraction", held_out, "quality"),
-        ("acceptance_length", bench["acceptance_length"], "tokens/verify", decoding, "bench"),
-        ("tokens_per_s", bench["tokens_per_s"], "tokens/s", decoding, "bench"),
-        ("tokens_per_s_no_draft", bench["tokens_per_s_no_draft"], "tokens/s", decoding, "bench"),
-        ("forward_vs_file_bits", steps["convert"]["changed_elements"], "elements", {}, "convert"),
+        ("kl_rtn", plain["kl_mean"], "nats/token", held_out, "quality"),
+        ("kl_qad", release["kl_mean"], "nats/token", held_out, "quality"),
+        ("top1_rtn", plain["top1_agreement"], "fraction", held_out, "quality"),
+        ("top1_qad", release["top1_agreement"], "fraction", held_out, "quality"),
+        ("acceptance_length", bench["acceptance"]["length"], "tokens/verify", decoding, "bench"),
+        ("tokens_per_s", bench["tokens_per_second"], "tokens/s", decoding, "bench"),
+        ("tokens_per_s_no_draft", bench["plain_tokens_per_second"], "tokens/s", decoding, "bench"),
+        ("forward_vs_file_bits", steps["convert"]["expert_elements_changed"], "differing weights", {}, "convert"),
         ("demo_seconds", seconds, "s", {"steps": {n: d["_seconds"] for n, d in steps.items()}}, "bench"),
     ]
     return [
@@ -56,15 +64,21 @@ def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
     ]
 
 
+def _plain_row(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return next(row for name, row in rows.items() if name.startswith("plain"))
+
+
 def markdown(steps: Documents, found: list[dict[str, Any]]) -> str:
     """The report for people."""
     figure = {r["name"]: r["value"] for r in found}
-    machine = hardware()
+    machine, bench = hardware(), steps["bench"]
+    accepted = bench["acceptance"]
+    low, high = accepted["ci95"]
     lines = [
         "# From a dense model to an FP4-DFlash release",
         "",
         f"SmolLM2-135M-Instruct, upcycled. {machine['cpu']}, {machine['cores']} cores, GPUs: "
-        f"{', '.join(machine['gpus']) or 'none'}; torch {versions()['torch']}, "
+        f"{', '.join(machine['gpus']) or 'none'}; Python {versions()['python']}, torch {versions()['torch']}, "
         f"transformers {versions()['transformers']}; commit {commit()}.",
         "",
         "| figure | value | unit |",
@@ -73,29 +87,32 @@ def markdown(steps: Documents, found: list[dict[str, Any]]) -> str:
         "",
         f"QAD closes {100 * (1 - figure['kl_qad'] / figure['kl_rtn']):.0f} % of the KL that round-to-nearest loses.",
         "",
-        "## Quality against the unquantized model, held-out text",
+        "## Quality against the unquantized model, on held-out text",
         "",
         "| row | KL mean | KL 99.9 % | top-1 | perplexity (95 % CI) |",
         "|---|---|---|---|---|",
     ]
-    for row in steps["quality"]["rows"]:
-        low, high = row["ppl_ci"]
+    for name, row in steps["quality"]["rows"].items():
+        interval = "{:.2f} to {:.2f}".format(*row["perplexity_ci95"])
         lines.append(
-            f"| {row['name']} | {row['kl_mean']:.4g} | {row['kl_p999']:.4g} | {row['top1']:.2%} "
-            f"| {row['ppl']:.2f} ({low:.2f} to {high:.2f}) |"
+            f"| {name} | {row['kl_mean']:.3g} | {row['kl_p99.9']:.3g} | {row['top1_agreement']:.2%} "
+            f"| {row['perplexity']:.2f} ({interval}) |"
         )
-    bench = steps["bench"]
-    low, high = bench["acceptance_length_ci"]
     lines += [
         "",
-        "## Decoding, held-out prompts, greedy",
+        "## Decoding held-out prompts, greedy",
         "",
-        f"Acceptance length {bench['acceptance_length']:.2f} (95 % CI {low:.2f} to {high:.2f}, cap "
-        f"{bench['block_size']}, pooled over {bench['prompts']} prompts); n-gram lookup reaches "
-        f"{bench['ngram_acceptance_length']:.2f}; distinct-3 {bench['distinct_3']:.2f}. Output with the drafter equals "
-        f"output without it: {bench['identical']}.",
+        f"Acceptance length {accepted['length']:.2f} (95 % CI {low:.2f} to {high:.2f}, cap {accepted['cap']}, pooled "
+        f"over {bench['prompts']} prompts). Copying from the context (n-gram lookup) would reach "
+        f"{bench['lookup_length']:.2f}; distinct-3 of the output is {bench['distinct_3']:.2f}. Output with the drafter "
+        f"equals output without it: {bench['identical']}"
+        + "".join(f" (parts at a near tie, logit gap {d['gap']:.1g})" for d in bench["divergences"] if d["near_tie"])
+        + ".",
         "",
-        "Survival of the draft slots: " + ", ".join(f"{s:.2f}" for s in bench["survival"]) + ".",
+        f"Plain decoding moves {bench['roofline']['gb_per_s']:.1f} GB/s of weights, of "
+        f"{bench['roofline']['measured_gb_per_s']:.1f} GB/s that this machine can read.",
+        "",
+        "Draft slots accepted, first to last: " + ", ".join(f"{s:.2f}" for s in accepted["survival"]) + ".",
         "",
         "## Steps",
         "",
@@ -112,7 +129,8 @@ def plot(folder: Path, steps: Documents) -> None:
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
-    for axis, run, key, title in ((axes[0], "qat", "kl", "QAD: KL to the teacher"), (axes[1], "drafter", "loss", "DFlash: loss")):
+    curves = (("qat", "kl", "QAD: KL to the teacher"), ("drafter", "loss", "DFlash: loss"))
+    for axis, (run, key, title) in zip(axes, curves, strict=False):
         lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"], line[key]) for line in lines if key in line]
         axis.plot(*zip(*curve, strict=True))
@@ -120,12 +138,13 @@ def plot(folder: Path, steps: Documents) -> None:
     axes[0].axhline(steps["qad"]["kl_rtn"], color="gray", linestyle=":", label="round to nearest, held out")
     axes[0].plot(steps["qad"]["steps"], steps["qad"]["kl_qad"], "o", label="QAD, held out")
     axes[0].legend(frameon=False, fontsize=8)
-    rows = steps["quality"]["rows"]
-    axes[2].bar([r["name"] for r in rows], [r["kl_mean"] for r in rows])
-    axes[2].set(title="KL to the unquantized model", ylabel="nats a token")
-    survival = steps["bench"]["survival"]
+    rows = {n: r for n, r in steps["quality"]["rows"].items() if n != "reference"}
+    axes[2].barh(list(rows)[::-1], [r["kl_mean"] for r in rows.values()][::-1])
+    axes[2].set(title="KL to the unquantized model", xlabel="nats a token")
+    accepted = steps["bench"]["acceptance"]
+    survival = accepted["survival"]
     axes[3].bar(range(1, len(survival) + 1), survival)
-    axes[3].set(title=f"Draft slots accepted (length {steps['bench']['acceptance_length']:.2f})", xlabel="slot", ylim=(0, 1))
+    axes[3].set(title=f"Draft slots accepted (length {accepted['length']:.2f})", xlabel="slot", ylim=(0, 1))
     figure.savefig(folder / "report.png", dpi=110)
 
 

@@ -40,7 +40,8 @@ def quantize(
         raise ValueError(
             f"{name}: NaN or Inf in {int((~torch.isfinite(amax)).sum())} tile(s) of 128x128; repair the source weights"
         )
-    scale = amax / MAX  # may underflow to 0: such a tile is stored as zeros
+    # Divided by a tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
+    scale = amax / torch.full_like(amax, MAX)  # may underflow to 0: such a tile is stored as zeros
     scale = torch.where(scale > 0, scale, 1.0)
     # The clamp is for amax / scale that rounds above 448 (and for subnormal scales): past 464 the cast would give NaN.
     x = w.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -5,4 +5,5 @@ layout.py    every tensor: name, dtype, shape, file         (standard library on
 reader.py    a folder as named tensors, proved complete     (torch, safetensors)
 writer.py    tensors as a folder, whole or not at all       (torch)
 check.py     `mimo-qat check`: what is wrong with a folder, what it would cause, what to do
+findings.py  every kind of finding, with what it causes and its remedy
 """

@@ -38,8 +38,6 @@ from mimo_qat.checkpoint.writer import MANIFEST_FILE, file_sha256
 
 EXECUTABLE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 E2M1 = ("0", "0.5", "1", "1.5", "2", "3", "4", "6")
-# Blocks whose largest code is 6, of weights with log-uniform amax: 0.68 under "floor", 0.49 under "even".
-FLOOR_ABOVE = 0.585
 
 
 @dataclass(kw_only=True)
@@ -172,7 +170,7 @@ def _sample(names: list[str], samples: int) -> list[str]:
 
 
 def _expert_values(checkpoint: Checkpoint, samples: int, report: Report) -> None:
-    """MXFP4 codes and scales: legal bytes, no -0, and the histogram that tells the scale rule."""
+    """MXFP4 codes and scales: legal bytes, no -0, and the histogram that narrows down the scale rule."""
     stored = [n for n, s in checkpoint.specs.items() if s.dtype == "U8" and n.endswith(".weight")]
     bases = [n.removesuffix(".weight") for n in _sample(stored, samples)]
     histogram, negative_zeros, low, high = torch.zeros(8, dtype=torch.long), 0, 255, 0
@@ -192,8 +190,9 @@ def _expert_values(checkpoint: Checkpoint, samples: int, report: Report) -> None
         return
     share = {value: round(int(n) / blocks, 4) for value, n in zip(E2M1, histogram, strict=True)}
     small = round(1 - share["4"] - share["6"], 4)
-    guess = "rceil or mse" if small > 0.01 else "floor" if share["6"] > FLOOR_ABOVE else "even"
-    report.facts |= {"max_code_share": share, "looks_like_rule": guess, "scale_exponents": [low - 127, high - 127]}
+    # "even" and "floor" always leave 4 or 6; their shares of the two depend on the weights, so they tell no more.
+    fits = ["rceil", "mse"] if small > 0.01 else ["even", "floor", "mse"]
+    report.facts |= {"max_code_share": share, "rules_that_fit": fits, "scale_exponents": [low - 127, high - 127]}
     report.expect(small <= 0.01, "small-max-code", f"{small:.1%} of {blocks:,} blocks have a largest code below 4")
     report.expect(high - low <= 15, "scale-span", f"block scales span {high - low} powers of two in the sample")
 

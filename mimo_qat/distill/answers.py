@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from mimo_qat.distill.evaluate import distinct_3
@@ -63,7 +62,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> list[
     return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
-def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the model's, else the tokenizer's."""
     ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
@@ -72,7 +71,7 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def answer_prompts(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[list[dict[str, str]]],
     max_new_tokens: int,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
@@ -39,8 +38,8 @@ def pick(logits: torch.Tensor, temperature: float, generator: torch.Generator | 
 
 @torch.no_grad()
 def speculate(
-    target: nn.Module,
-    drafter: nn.Module,
+    target: Any,
+    drafter: Any,
     prompt: Sequence[int],
     max_new_tokens: int,
     eos_token_ids: Iterable[int] = (),
@@ -90,13 +89,12 @@ def _commit(done: Decoded, new: list[int], ends: set[int], max_new_tokens: int) 
 
 
 @torch.no_grad()
-def greedy(
-    target: nn.Module, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Iterable[int] = ()
-) -> list[int]:
+def greedy(target: Any, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Iterable[int] = ()) -> list[int]:
     """Plain greedy decoding, the reference that speculation must equal."""
     device = target.get_input_embeddings().weight.device
     cache, ends = DynamicCache(config=target.config), set(eos_token_ids)
-    ids, tokens = torch.tensor([list(prompt)], device=device), []
+    ids = torch.tensor([list(prompt)], device=device)
+    tokens: list[int] = []
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
         ids = target(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         tokens.append(int(ids))
@@ -149,8 +147,8 @@ def bootstrap_interval(rounds: Sequence[Sequence[int]], draws: int = 1000) -> li
 
 
 def evaluate(
-    target: nn.Module,
-    drafter: nn.Module,
+    target: Any,
+    drafter: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_token_ids: Iterable[int] = (),

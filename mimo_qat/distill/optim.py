@@ -59,8 +59,9 @@ class MasterOptimizer:
     ):
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: p.detach().float().clone() for n, p in self.parameters.items()}
-        for master in self.masters.values():
-            master.grad = torch.zeros_like(master)
+        self._grads = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        for name, master in self.masters.items():
+            master.grad = self._grads[name]
         if kind not in ("adamw", "muon"):
             raise ValueError(f'optimizer {kind!r} is unknown; use "adamw" or "muon"')
         matrices = [m for n, m in self.masters.items() if kind == "muon" and is_matrix(n, m)]
@@ -80,12 +81,12 @@ class MasterOptimizer:
         """Moves the gradients of the model into the masters' float32 sums."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self.masters[name].grad.add_(parameter.grad)
+                self._grads[name].add_(parameter.grad)
                 parameter.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
         """The float32 gradient sums, in a fixed order, for a reduction over ranks."""
-        return [master.grad for master in self.masters.values()]
+        return list(self._grads.values())
 
     @torch.no_grad()
     def step(self, lr: float, denominator: float, max_grad_norm: float | None = None) -> float:

@@ -1,9 +1,9 @@
 """Captures the target's residual stream after chosen layers, before the final norm: what the drafter reads."""
 
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import nn
 
 
 class Taps:
@@ -13,7 +13,7 @@ class Taps:
     (`output_hidden_states[-1]` of many models is normed, which is the wrong tensor).
     """
 
-    def __init__(self, target: nn.Module, layer_ids: list[int]):
+    def __init__(self, target: Any, layer_ids: list[int]):
         layers = target.model.layers
         for i in layer_ids:
             if not 0 <= i < len(layers):

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from tqdm.auto import tqdm
 
 from mimo_qat.distill.blocks import Blocks, attention_masks, make_blocks
@@ -155,7 +154,7 @@ def spread_layers(num_layers: int, taps: int) -> list[int]:
     return [i * (num_layers - 1) // (taps - 1) for i in range(taps)] if taps > 1 else [num_layers // 2]
 
 
-def new_drafter(config: DistillConfig, target: nn.Module, mask_token_id: int) -> DFlashDraftModel:
+def new_drafter(config: DistillConfig, target: Any, mask_token_id: int) -> DFlashDraftModel:
     """A drafter for `target`: random weights, except the final norm, which is the target's.
 
     The target's norm gives its frozen head inputs of the scale it knows; the mask vector starts at the size of an
@@ -197,9 +196,7 @@ def new_drafter(config: DistillConfig, target: nn.Module, mask_token_id: int) ->
     return drafter
 
 
-def draft_rows(
-    drafter: DFlashDraftModel, embed: nn.Module, input_ids: torch.Tensor, blocks: Blocks, taps: torch.Tensor
-) -> torch.Tensor:
+def draft_rows(drafter: Any, embed: Any, input_ids: torch.Tensor, blocks: Blocks, taps: torch.Tensor) -> torch.Tensor:
     """Hidden rows [B, N, b-1, D] of slots 1..b-1 of every block, ready for the target's head.
 
     taps [B, S, T*D] are the whole row's: the mask, and nothing else, keeps a block from its own future.
@@ -214,11 +211,10 @@ def draft_rows(
 class Distiller:
     """The training loop's state: target, drafter, optimizer, packed rows [R, S], counters."""
 
-    def __init__(
-        self, config: DistillConfig, target: nn.Module, drafter: DFlashDraftModel, rows: Batch, held_out: Batch
-    ):
+    def __init__(self, config: DistillConfig, target: Any, drafter: DFlashDraftModel, rows: Batch, held_out: Batch):
         trackers = None if config.report_to == "none" else config.report_to
-        self.accelerator = Accelerator(log_with=trackers, project_dir=config.output_dir)
+        cpu = not torch.accelerator.is_available()  # without this accelerate ignores the ranks of a CPU launch
+        self.accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=config.output_dir)
         self.config, self.rows, self.held_out = config, rows, held_out
         self.device = self.accelerator.device
         self.target = target.to(self.device).eval().requires_grad_(False)
@@ -363,7 +359,7 @@ class Distiller:
             if c.save_steps and (self.step % c.save_steps == 0 or self.step == c.max_steps):
                 self.save()
         bar.close()
-        self.accelerator.end_training()
+        self.accelerator.end_training()  # the other processes are done; the first one writes and decodes alone
         return last
 
 
@@ -405,7 +401,7 @@ def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list
 
 def distill(
     config: DistillConfig,
-    target: nn.Module,
+    target: Any,
     drafter: DFlashDraftModel,
     rows: Batch,
     held_out: Batch,
@@ -430,7 +426,6 @@ def distill(
         write_provenance(config.output_dir, config)
         if prompts:
             document["decoding"] = evaluate(run.target, run.drafter, prompts, config.eval_max_new_tokens, eos_token_ids)
-    run.accelerator.wait_for_everyone()
     return document
 
 
@@ -443,7 +438,7 @@ def main(config: DistillConfig) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     rows, held_out, prompts, used = load_data(config, tokenizer)
-    device = Accelerator().device
+    device = Accelerator(cpu=not torch.accelerator.is_available()).device
     target = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device)
     if config.init_drafter is not None:
         drafter = load_drafter(config.init_drafter, torch.float32)

@@ -14,7 +14,7 @@ from mimo_qat.provenance import atomic_write
 
 
 def save_drafter(model: DFlashDraftModel, folder: str | Path) -> Path:
-    """Writes BF16 tensors, index, mask embedding, config.json and the remote code `dflash.py`, each whole or not at all."""
+    """Writes BF16 tensors, index, mask embedding, config.json and remote code `dflash.py`, each whole or not at all."""
     folder = Path(folder)
     state = {n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
     row = state.pop("mask_embedding")

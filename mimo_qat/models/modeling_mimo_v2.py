@@ -6,19 +6,120 @@ its own class for the second; that one hard-wires the key-value heads and the wi
 
 Shape letters: B batch, S new positions, K key positions, T = B*S tokens, D hidden size, N query heads, G key-value
 heads, H query/key head size, V value head size, E experts, I expert intermediate size.
+
+A release stores FP8 blocks and MXFP4 experts, which transformers' own FP8 reader would take for something else:
+`from_pretrained` here decodes them to plain weights while they are loaded.
 """
+
+import copy
+import json
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import cached_file, logging
 
 from .configuration_mimo_v2 import MiMoV2Config
+
+logger = logging.get_logger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+# Parts of a release that this class does not run: multi-token prediction, and the towers of multimodal releases.
+NOT_RUN = ("model.mtp.", "visual.", "audio_encoder.", "speech_embeddings.")
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def decode_mxfp4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K] of E2M1 codes uint8 [N, K/2] (low nibble first) and E8M0 scales uint8 [N, K/32]."""
+    scales = scales.view(torch.uint8)
+    if packed.dtype != torch.uint8 or scales.shape != (packed.shape[0], packed.shape[1] // 16) or (scales == 255).any():
+        raise ValueError(f"codes {packed.dtype} {list(packed.shape)} and scales {list(scales.shape)} are not MXFP4")
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
+    powers = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+    return (torch.tensor(E2M1)[codes].unflatten(1, (-1, 32)) * powers[:, :, None]).flatten(1)
+
+
+def decode_fp8(codes: torch.Tensor, scales: torch.Tensor, chunks: int = 1) -> torch.Tensor:
+    """float32 [N, K] of E4M3 codes [N, K] and float32 scales of 128x128 blocks, which restart at each row chunk."""
+    (rows, cols), each = codes.shape, codes.shape[0] // chunks
+    blocks = -(-each // 128)
+    if codes.dtype != torch.float8_e4m3fn or scales.shape != (chunks * blocks, -(-cols // 128)):
+        raise ValueError(
+            f"codes {codes.dtype} {list(codes.shape)} and scales {list(scales.shape)} are not {chunks} x FP8"
+        )
+    row = torch.arange(rows)
+    block = row // each * blocks + row % each // 128
+    return codes.float() * scales[block].repeat_interleave(128, dim=1)[:, :cols]
+
+
+class StoredWeight:
+    """A tensor of a release, read and decoded when transformers slices it: memory holds what is being placed."""
+
+    def __init__(self, name: str, files: dict, chunks: int):
+        self.name, self.files, self.chunks = name, files, chunks
+
+    def __getitem__(self, key) -> torch.Tensor:
+        base = self.name.removesuffix(".weight")
+        scales = [base + end for end in (".weight_scale", ".weight_scale_inv") if base + end in self.files]
+        weight, *scale = (self.files[name].get_tensor(name) for name in (self.name, *scales))
+        if not scales:
+            return weight[key]
+        try:
+            packed = scales[0].endswith("scale")
+            return (decode_mxfp4(weight, *scale) if packed else decode_fp8(weight, *scale, self.chunks))[key]
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.name}: {error}; fetch or convert the release again") from None
+
+
+def release_state(folder: Path, config: MiMoV2Config) -> dict[str, StoredWeight]:
+    """{parameter name: weight decoded on demand} of a release, without the parts that are not run.
+
+    ValueError where the index and the files do not hold the same tensors, each once, or where a tensor has no use.
+    """
+    weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    files: dict = {}
+    for file in dict.fromkeys(weight_map.values()):
+        if Path(file).name != file:
+            raise ValueError(f"{folder}: the index names {file!r}; only files beside it are read; fetch it again")
+        handle = safe_open(folder / file, framework="pt")
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            if name in files or weight_map.get(name) != file:
+                raise ValueError(f"{folder}: {name} in {file} is not what the index says; fetch the folder again")
+            files[name] = handle
+    absent = sorted(weight_map.keys() - files.keys())
+    if absent:
+        raise ValueError(f"{folder}: {absent[0]} is in no file (and {len(absent) - 1} more); fetch the folder again")
+    weights = [name for name in files if not name.endswith((".weight_scale", ".weight_scale_inv"))]
+    used = {base + end for base in weights for end in ("", "_scale", "_scale_inv")}
+    orphans = sorted(files.keys() - used)
+    if orphans:
+        raise ValueError(f"{folder}: {orphans[0]} has no weight beside it; fetch or convert the release again")
+    run = [name for name in weights if not name.startswith(NOT_RUN)]
+    if len(run) < len(weights):
+        logger.info(f"{folder}: {len(weights) - len(run)} weights of MTP blocks or towers are not run by this class")
+    fused = "self_attn.qkv_proj.weight"
+    return {n: StoredWeight(n, files, config.qkv_chunks() if n.endswith(fused) else 1) for n in run}
+
+
+def release_folder(name_or_path: str | os.PathLike, **hub) -> Path:
+    """The local folder of a release that is a folder or a hub repository; fetches what its index names."""
+    index = Path(cached_file(name_or_path, INDEX_FILE, **hub))
+    if not Path(name_or_path).is_dir():
+        sub = hub.pop("subfolder", "") or "."
+        files = set(json.loads(index.read_text())["weight_map"].values()) | {"generation_config.json"}
+        snapshot_download(str(name_or_path), allow_patterns=[os.path.normpath(f"{sub}/{f}") for f in files], **hub)
+    return index.parent
 
 
 class MiMoV2RMSNorm(nn.Module):
@@ -263,6 +364,11 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     # Multi-token-prediction blocks ride along in releases; decoding with them is the business of other engines.
     _keys_to_ignore_on_load_unexpected = [r"^model\.mtp\."]
 
+    def __init__(self, config: MiMoV2Config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.moe_router_dtype not in ("bfloat16", "bf16"):  # then it is stored, and has to stay, in float32
+            self._keep_in_fp32_modules_strict = [*type(self)._keep_in_fp32_modules_strict, "mlp.gate.weight"]
+
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -279,9 +385,43 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.e_score_correction_bias)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers (folder or hub id, `dtype`, `device_map`, ...); a release is decoded while it is loaded.
+
+        Of a release every tensor is used exactly once and every parameter is filled, or ValueError names one.
+        """
         _map_expert_names()
-        return super().from_pretrained(*args, **kwargs)
+        path, hub = pretrained_model_name_or_path, {k: kwargs[k] for k in HUB_KEYS if kwargs.get(k) is not None}
+        stored = config
+        if path is not None and not isinstance(config, PreTrainedConfig):
+            stored = cls.config_class.from_pretrained(config or path, **hub)
+        quantized = getattr(stored, "quantization_config", None)
+        if path is None or not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            dtypes = {k: kwargs.pop(k) for k in ("dtype", "torch_dtype") if k in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+            kwargs |= dtypes
+        kwargs = {k: v for k, v in kwargs.items() if k not in HUB_KEYS}
+        folder = release_folder(path, **hub)
+        config = copy.deepcopy(config)
+        del config.quantization_config  # what is built is not quantized
+        if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"):
+            kwargs["dtype"] = config.dtype or torch.bfloat16
+        if cls.can_generate() and (folder / "generation_config.json").is_file():
+            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+        state = release_state(folder, config)
+        if not cls.can_generate():
+            state.pop("lm_head.weight", None)
+        report = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                raise ValueError(f"{path}: {kind} {sorted(info[kind])[:3]}; fetch or convert the release again")
+        model.name_or_path = model.config.name_or_path = str(path)
+        return (model, info) if report else model
 
     def save_pretrained(self, *args, **kwargs):
         _map_expert_names()

@@ -76,6 +76,7 @@ class RingCache:
         return self.window is None or rows <= self.block
 
     def _older(self, start: int) -> torch.Tensor:
+        assert self.window is not None
         return torch.arange(start - self.window + 1, start, device=self.k.device)
 
 
@@ -89,8 +90,8 @@ class LinearCache(RingCache):
 def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: int | None = None) -> torch.Tensor:
     """Additive float32 mask [T, S]: 0 where query q sees key k, -inf elsewhere.
 
-    A key is seen iff 0 <= k <= q and, in a window, q - k < window. With `end`, keys at or after it are hidden instead of
-    those after the query: the context of a drafter, whose queries all lie beyond it.
+    A key is seen iff 0 <= k <= q and, in a window, q - k < window. With `end`, keys at or after it are hidden instead
+    of those after the query: the context of a drafter, whose queries all lie beyond it.
     """
     q, k = q_pos[:, None], k_pos[None, :]
     seen = (k >= 0) & (k <= q if end is None else (k < end).expand(len(q), -1))

@@ -8,35 +8,19 @@ The caches are made once for `max_len` positions and serve every prompt after th
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from mimo_kernels.mxfp4 import Rule
-from mimo_runtime.load import LoadConfig, load_drafter, load_target, tokenizer_size
+from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
+from mimo_runtime.load import Drafter, LoadConfig, load_drafter, load_target, tokenizer_size
 from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
-from mimo_runtime.speculate import Round, SamplingConfig, choose, decode, forced_drafts
+from mimo_runtime.speculate import Round, choose, decode, forced_drafts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
-
-
-@dataclass(kw_only=True)
-class EngineConfig:
-    """Where a model runs, and how."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """type of weights and activations; norms, router, softmax and logits are float32 in both"""
-    max_len: int = 4096
-    """longest prompt and output together, in tokens; the caches are this long"""
-    prefill_chunk: int = 256
-    """prompt tokens computed at once"""
-    drafter: str | None = "auto"
-    """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
 
 
 @dataclass
@@ -46,8 +30,13 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
     rounds: list[Round] = field(default_factory=list)
+    round_seconds: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time after the prefill."""
+        return sum(self.round_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,9 +64,11 @@ class Engine:
         if where and (where.exists() or cfg.drafter != "auto"):
             self.drafter = load_drafter(where, self.target, load, tokenizer_size(folder))
         self.block = self.drafter.block if self.drafter else BLOCK
-        # In bfloat16 one row is computed as a block of equal rows: it costs the same bytes and gives the same bits, so that
-        # plain decoding does not differ from verification by a rounding.
-        self.min_rows = 1 if cfg.dtype == "float32" else self.block
+        # One row is computed as a block of equal rows: the same bytes, the same time, and the bits of verification, so
+        # that the drafter changes no token by a rounding (measured: all bits equal on an H200 and on a CPU with AMX).
+        # A CPU in float32 computes more slowly than it reads, and its roundings are far below any choice.
+        slow = self.device.type == "cpu" and cfg.dtype == "float32"
+        self.min_rows = 1 if slow else self.block
         self.caches = new_caches(self.target, cfg.max_len, self.block)
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
 
@@ -104,28 +95,31 @@ class Engine:
             lengths = [forced_acceptance] if isinstance(forced_acceptance, int) else list(forced_acceptance)
             truth = self.generate(prompt_ids, sampling, speculate=False).tokens
             forced = forced_drafts(truth, len(prompt_ids), lengths, self.block, self.target.geometry.vocab_size)
-        drafting = speculate and self.drafter is not None
+        drafter = self.drafter if speculate else None
 
         def propose(anchor: int, start: int) -> list[int]:
-            drafts = self._draft(anchor, start, sampling) if drafting else []
+            drafts = self._draft(drafter, anchor, start, sampling) if drafter else []
             return forced(anchor, start) if forced else drafts
 
+        def verify(rows: list[int], start: int) -> torch.Tensor:
+            return self._advance(rows, start, drafter, min_rows=self.min_rows)
+
         out, began = Generation(), time.perf_counter()
-        logits = self._prefill(prompt_ids, drafting)
+        logits = self._prefill(prompt_ids, drafter)
         first = int(choose(logits, torch.tensor([len(prompt_ids)], device=self.device), sampling)[0])
         out.tokens.append(first)
         out.prefill_seconds = time.perf_counter() - began
         if on_tokens:
             on_tokens([first])
+        budget = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
         began = time.perf_counter()
-        if first not in sampling.stop_token_ids:
-            verify = self._verify if not drafting else self._verify_and_extend
-            for r in decode(verify, propose, first, len(prompt_ids), sampling.max_new_tokens - 1, sampling):
-                out.rounds.append(r)
-                out.tokens += r.tokens
-                if on_tokens:
-                    on_tokens(r.tokens)
-        out.decode_seconds = time.perf_counter() - began
+        for r in decode(verify, propose, first, len(prompt_ids), budget, sampling):
+            out.rounds.append(r)
+            out.tokens += r.tokens
+            out.round_seconds.append(time.perf_counter() - began)
+            if on_tokens:
+                on_tokens(r.tokens)
+            began = time.perf_counter()
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out
 
@@ -140,30 +134,23 @@ class Engine:
         ]
         return torch.cat(rows)
 
-    def _prefill(self, ids: list[int], drafting: bool) -> torch.Tensor:
+    def _prefill(self, ids: list[int], drafter: Drafter | None) -> torch.Tensor:
         """Logits [1, vocabulary] after the prompt; fills the caches."""
-        taps = self.drafter.taps if drafting else ()
         for start in range(0, len(ids), self.cfg.prefill_chunk):
-            chunk = self._tensor(ids[start : start + self.cfg.prefill_chunk])
-            last = len(chunk) - 1
-            logits, tapped = target_forward(self.target, self.caches, chunk, start, taps=taps, logits_from=last)
-            if drafting:
-                draft_context(self.drafter, self.draft_caches, tapped, start)
+            chunk = ids[start : start + self.cfg.prefill_chunk]
+            logits = self._advance(chunk, start, drafter, logits_from=len(chunk) - 1)
         return logits
 
-    def _verify(self, rows: list[int], start: int) -> torch.Tensor:
-        return target_forward(self.target, self.caches, self._tensor(rows), start, min_rows=self.min_rows)[0]
-
-    def _verify_and_extend(self, rows: list[int], start: int) -> torch.Tensor:
-        """Verifies, and stores the drafter's context of all rows; acceptance decides later how many of them count."""
-        logits, taps = target_forward(
-            self.target, self.caches, self._tensor(rows), start, taps=self.drafter.taps, min_rows=self.min_rows
-        )
-        draft_context(self.drafter, self.draft_caches, taps, start)
+    def _advance(self, rows: list[int], start: int, drafter: Drafter | None, **kw: int) -> torch.Tensor:
+        """Target logits of `rows`; the drafter's context gets all of them, acceptance decides later how many count."""
+        taps_of = drafter.taps if drafter else ()
+        logits, taps = target_forward(self.target, self.caches, self._tensor(rows), start, taps=taps_of, **kw)
+        if drafter:
+            draft_context(drafter, self.draft_caches, taps, start)
         return logits
 
-    def _draft(self, anchor: int, start: int, sampling: SamplingConfig) -> list[int]:
-        logits = draft_forward(self.target, self.drafter, self.draft_caches, self._tensor([anchor]), start)
+    def _draft(self, drafter: Drafter, anchor: int, start: int, sampling: SamplingConfig) -> list[int]:
+        logits = draft_forward(self.target, drafter, self.draft_caches, self._tensor([anchor]), start)
         positions = torch.arange(start + 1, start + self.block, device=self.device)
         return choose(logits, positions, sampling).tolist()
 
@@ -173,7 +160,7 @@ class Engine:
     def _resolved(self, sampling: SamplingConfig) -> SamplingConfig:
         if sampling.stop_token_ids:
             return sampling
-        return SamplingConfig(**{**vars(sampling), "stop_token_ids": self.target.stop_token_ids})
+        return replace(sampling, stop_token_ids=self.target.stop_token_ids)
 
     def _check(self, ids: list[int], sampling: SamplingConfig | None) -> None:
         new = sampling.max_new_tokens if sampling else 0

@@ -67,8 +67,9 @@ class Layer:
 
     def weights(self) -> list[torch.Tensor]:
         """The matrices, that is all but a few kilobytes."""
-        experts = [*self.mlp.gate_up, *self.mlp.down] if isinstance(self.mlp, Moe) else [self.mlp.gate_up, self.mlp.down]
-        return [self.attention.qkv, self.attention.o, *experts]
+        w = self.mlp
+        mlp = [*w.gate_up, *w.down] if isinstance(w, Moe) else [w.gate_up, w.down]
+        return [self.attention.qkv, self.attention.o, *mlp]
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Drafter:
-    """A DFlash drafter: `fc` [H, taps*H], a stack of layers, the embedding [H] of its MASK token; embedding table and head
-    are the target's. Token ids from `vocab_size` on are never drafted. `block` counts the anchor and its drafts."""
+    """A DFlash drafter: `fc` [H, taps*H], a stack of layers, the embedding [H] of its MASK token; embedding table and
+    head are the target's. Ids from `vocab_size` on are never drafted. `block` counts the anchor and its drafts."""
 
     taps: tuple[int, ...]
     block: int
@@ -115,7 +116,8 @@ class Progress:
             return
         seconds = max(time.perf_counter() - self.began, 1e-9)
         bar = "=" * (24 * self.step // self.steps)
-        line = f"{self.what} [{bar:24}] {self.step}/{self.steps}  {self.bytes / 1e9:.2f} GB  {self.bytes / seconds / 1e9:.2f} GB/s"
+        line = f"{self.what} [{bar:24}] {self.step}/{self.steps}  {self.bytes / 1e9:.2f} GB"
+        line += f"  {self.bytes / seconds / 1e9:.2f} GB/s"
         print(f"\r{line}" if sys.stderr.isatty() else line, end="\n" if last else "", file=sys.stderr, flush=True)
 
 
@@ -259,7 +261,7 @@ def _check_pair(d: DraftGeometry, g: Geometry) -> None:
         )
     if max(d.target_layer_ids) >= g.num_hidden_layers:
         raise ValueError(
-            f"the drafter reads target layer {max(d.target_layer_ids)}, but the target has {g.num_hidden_layers} layers; "
+            f"the drafter reads target layer {max(d.target_layer_ids)}, the target has {g.num_hidden_layers} layers; "
             "they are not a pair"
         )
     if d.block_size < 2:

@@ -8,42 +8,15 @@ arXiv 2408.07978, "drafter-invariant speculative decoding").
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
 import torch
 
+from mimo_runtime.config import SamplingConfig
+
 _MASK64 = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # the increment and the finaliser of splitmix64 (Steele, Lea, Flood 2014)
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """How tokens are chosen and when generation ends."""
-
-    max_new_tokens: int = 256
-    """most tokens to generate"""
-    temperature: float = 0.0
-    """0 takes the most likely token; larger is more random"""
-    top_k: int = 0
-    """sample among this many most likely tokens; 0 is all"""
-    top_p: float = 1.0
-    """sample among the most likely tokens that together have this probability"""
-    seed: int = 0
-    """the same seed gives the same tokens, with and without a drafter"""
-    stop_token_ids: tuple[int, ...] = ()
-    """token ids that end the text (they are part of the output); empty takes those of the checkpoint"""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; generate at least 1 token")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; use 0 for all tokens or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 def _signed(x: int) -> int:
@@ -129,6 +102,8 @@ def forced_drafts(truth: list[int], first: int, lengths: list[int], block: int, 
     """A proposer whose round r has exactly min(lengths[r % len], block - 1) accepted drafts, for tests and labelled
     benchmarks: the target's own tokens `truth` (the token at position `first` + i is truth[i]), then wrong ones.
     """
+    if not lengths or min(lengths) < 0:
+        raise ValueError(f"forced_acceptance is {lengths}; give numbers of accepted drafts, 0 to {block - 1}")
     rounds = count()
 
     def propose(anchor: int, start: int) -> list[int]:

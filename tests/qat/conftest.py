@@ -38,42 +38,68 @@ def tensors_of():
     return random_tensors
 
 
+_BUILT: dict = {}
+
+
 @pytest.fixture
-def bf16_folder(tmp_path, config):
+def built_once(tmp_path, tmp_path_factory):
+    """built_once(name, build) runs build(path) once a session; returns (fresh copy of the folder, build's result)."""
+
+    def get(name, build):
+        if name not in _BUILT:
+            path = tmp_path_factory.mktemp("built") / name
+            _BUILT[name] = path, build(path)
+        path, result = _BUILT[name]
+        return shutil.copytree(path, tmp_path / name), result
+
+    return get
+
+
+@pytest.fixture
+def bf16_folder(built_once, config):
     """A BF16 folder with experts off the grid: .path, .tensors, .config."""
     from mimo_qat.checkpoint.layout import target_tensors
     from mimo_qat.checkpoint.writer import write_bf16_folder
 
-    path = tmp_path / "bf16"
-    tensors = random_tensors(target_tensors(config, experts="bf16", spine="bf16"))
-    write_bf16_folder(path, config, tensors, max_shard_bytes=400_000)
-    write_tokenizer(path, 500)
+    def build(path):
+        tensors = random_tensors(target_tensors(config, experts="bf16", spine="bf16"))
+        write_bf16_folder(path, config, tensors, max_shard_bytes=400_000)
+        write_tokenizer(path, 500)
+        return tensors
+
+    path, tensors = built_once("bf16", build)
     return SimpleNamespace(path=path, tensors=tensors, config=config)
 
 
 @pytest.fixture
-def drafter_folder(tmp_path, config):
+def drafter_folder(built_once, config):
     """A two-layer drafter for the tiny model: .path, .tensors, .config, .mask."""
     import torch
 
     from mimo_qat.checkpoint.layout import default_drafter_config, drafter_tensors
     from mimo_qat.checkpoint.writer import write_drafter
 
-    path = tmp_path / "drafter"
     draft = default_drafter_config(config, num_hidden_layers=2)
-    tensors = random_tensors(drafter_tensors(draft), seed=1)
     mask = torch.linspace(-1, 1, config["hidden_size"]).bfloat16()
-    write_drafter(path, draft, tensors, mask)
+
+    def build(path):
+        tensors = random_tensors(drafter_tensors(draft), seed=1)
+        write_drafter(path, draft, tensors, mask)
+        return tensors
+
+    path, tensors = built_once("drafter", build)
     return SimpleNamespace(path=path, tensors=tensors, config=draft, mask=mask)
 
 
 @pytest.fixture
-def release(tmp_path, bf16_folder, drafter_folder):
+def release(built_once, bf16_folder, drafter_folder):
     """The release of the two: .path, .source, .drafter, .result."""
     from mimo_qat.convert import ConvertConfig, main
 
-    path = tmp_path / "release"
-    result = main(ConvertConfig(target=str(bf16_folder.path), drafter=str(drafter_folder.path), out=str(path)))
+    def build(path):
+        return main(ConvertConfig(target=str(bf16_folder.path), drafter=str(drafter_folder.path), out=str(path)))
+
+    path, result = built_once("release", build)
     return SimpleNamespace(path=path, source=bf16_folder, drafter=drafter_folder, result=result)
 
 
@@ -83,7 +109,7 @@ def edit_json():
 
     def edit(path, changes):
         document = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+        path.write_text(json.dumps({k: v for k, v in document.items() if v is not None or k not in changes}))
 
     return edit
 
@@ -97,25 +123,18 @@ def rewrite():
 
         index_path = folder / "model.safetensors.index.json"
         index = json.loads(index_path.read_text())
-        for name, tensor in changes.items():
-            path = folder / index["weight_map"].get(name, sorted(set(index["weight_map"].values()))[0])
-            held = {k: v.clone() for k, v in load_file(path).items()}
-            held.pop(name, None)
-            index["weight_map"].pop(name, None)
-            if tensor is not None:
-                held[name] = tensor.contiguous()
-                index["weight_map"][name] = path.name
-            save_file(held, path, metadata={"format": "pt"})
+        weight_map = index["weight_map"]
+        first = sorted(set(weight_map.values()))[0]
+        homes = {name: weight_map.get(name, first) for name in changes}
+        for file in sorted(set(homes.values())):
+            held = {k: v.clone() for k, v in load_file(folder / file).items()}
+            for name in (n for n, home in homes.items() if home == file):
+                held.pop(name, None)
+                weight_map.pop(name, None)
+                if changes[name] is not None:
+                    held[name] = changes[name].contiguous()
+                    weight_map[name] = file
+            save_file(held, folder / file, metadata={"format": "pt"})
         index_path.write_text(json.dumps(index))
 
     return change
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    """copy_of(folder) is a copy to damage."""
-
-    def copy(folder):
-        return shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}")
-
-    return copy

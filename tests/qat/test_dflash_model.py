@@ -9,7 +9,7 @@ from transformers import AutoModel
 from transformers.cache_utils import DFlashCache, DynamicCache
 
 from mimo_qat.checkpoint.reader import read_drafter
-from mimo_qat.distill.blocks import blocks_at
+from mimo_qat.distill.blocks import block_sparse_mask, blocks_at, dense_mask, make_blocks
 from mimo_qat.distill.train import draft_rows
 from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from mimo_qat.models.modeling_dflash import DFlashConfig, DFlashDraftModel, apply_rotary, attend, rotary_table
@@ -113,6 +113,67 @@ def test_training_forward_equals_cached_drafting(changes, kind):
     worst = (trained - served).abs().amax((1, 2))
     assert (worst < 1e-5).all(), dict(zip(anchors, worst.tolist(), strict=True))
     assert trained.std() > 0.1
+
+
+def by_hand(model, anchor_embed, taps):
+    """One block in float64, written from the description of the format with loops over heads and queries.
+
+    The context is `fc` and `hidden_norm` of the taps and nothing else: no input norm, no MLP, no residual.
+    """
+    c = model.config
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def norm(x, weight):
+        return weight * x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
+
+    def rope(x, position):
+        half = int(c.head_dim * c.partial_rotary_factor) // 2
+        turn = position * c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        turned = torch.complex(x[:half], x[half : 2 * half]) * torch.exp(1j * turn)
+        return torch.cat((turned.real, turned.imag, x[2 * half :]))
+
+    past = taps.shape[0]
+    context = norm(taps.double() @ w["fc.weight"].T, w["hidden_norm.weight"])
+    x = torch.stack([anchor_embed.double()] + [w["mask_embedding"]] * (BLOCK - 1))
+    group = c.num_attention_heads // c.num_key_value_heads
+    for i in range(c.num_hidden_layers):
+        p, a = f"layers.{i}.", f"layers.{i}.self_attn."
+        y = norm(x, w[p + "input_layernorm.weight"])
+        keys = torch.cat((context, y))
+        q = (y @ w[a + "q_proj.weight"].T).view(BLOCK, -1, c.head_dim)
+        k = (keys @ w[a + "k_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
+        v = 0.612 * (keys @ w[a + "v_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
+        out = torch.zeros(BLOCK, c.num_attention_heads, c.head_dim, dtype=torch.float64)
+        for row in range(BLOCK):
+            for head in range(c.num_attention_heads):
+                query = rope(norm(q[row, head], w[a + "q_norm.weight"]), past + row)
+                total = torch.exp(w[a + "attention_sink_bias"][head])
+                for j in range(past + BLOCK):
+                    if j >= past or j + c.sliding_window > past + row:
+                        key = rope(norm(k[j, head // group], w[a + "k_norm.weight"]), j)
+                        weight = torch.exp(query @ key / c.head_dim**0.5)
+                        total = total + weight
+                        out[row, head] += weight * v[j, head // group]
+                out[row, head] /= total
+        x = x + out.flatten(1) @ w[a + "o_proj.weight"].T
+        y = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate, up = y @ w[p + "mlp.gate_proj.weight"].T, y @ w[p + "mlp.up_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["norm.weight"])
+
+
+def test_forward_equals_the_format_by_hand():
+    model = drafter(seed=4)
+    with torch.no_grad():  # norms that are not one
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    ids, embed, taps = sequence()
+    noise = embed(torch.cat((ids[:, 9:10], torch.full((1, BLOCK - 1), 63)), 1))
+    with torch.no_grad():
+        got = model(noise, taps[:, :9]).last_hidden_state[0]
+        expected = by_hand(model, noise[0, 0], taps[0, :9])
+    assert (got - expected).abs().max() < 1e-4 and expected.std() > 0.1
 
 
 def test_incremental_context_equals_full_recompute():
@@ -384,3 +445,36 @@ def test_the_v26_dialect_reads_the_same():
 def test_what_the_drafter_lacks_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention trains on CUDA only")
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_equals_the_dense_mask(causal):
+    """Outputs and all gradients, sinks included, with documents, a window and invalid blocks."""
+    torch.manual_seed(0)
+    model = DFlashDraftModel(
+        config(is_causal=causal, sliding_window=40, hidden_size=128, head_dim=32, block_size=8)
+    ).cuda()
+    batch = {
+        "input_ids": torch.randint(0, 60, (2, 300)),
+        "loss_mask": torch.randint(0, 4, (2, 300)).clamp(max=1),
+        "doc_ids": (torch.arange(300) // 110).repeat(2, 1),
+        "position_ids": (torch.arange(300) % 110).repeat(2, 1),
+    }
+    batch["loss_mask"][1, 40:] = 0  # few anchors: invalid blocks follow
+    blocks = make_blocks(batch, 8, 50, torch.Generator().manual_seed(0)).to("cuda")
+    assert not blocks.valid.all()
+    embeds, taps = torch.randn(2, 50, 128, device="cuda"), torch.randn(2, 300, TAPS * 128, device="cuda")
+    results = []
+    for build in (dense_mask, block_sparse_mask):
+        model.zero_grad()
+        masks = {rule: build(blocks, 8, rule) for rule in model.rules()}
+        out = model.run_layers(model.block_rows(embeds), model.fuse(taps), blocks.position_ids, masks)
+        out = out.unflatten(1, (-1, 8))[blocks.valid]
+        out.square().sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if n != "mask_embedding"}
+        results.append({"out": out.detach(), **grads})
+    for name, dense in results[0].items():
+        difference = (results[1][name] - dense).norm() / dense.norm()
+        assert difference < 2e-3, f"{name}: {difference}"

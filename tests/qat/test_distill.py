@@ -8,13 +8,17 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from transformers import GenerationConfig
 
+from mimo_qat.cli import VERBS
+from mimo_qat.commands import run as run_verb
 from mimo_qat.distill import evaluate as decode
 from mimo_qat.distill.answers import answer_prompts, questions
 from mimo_qat.distill.objective import (
@@ -28,6 +32,7 @@ from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.taps import Taps
 from mimo_qat.distill.train import DistillConfig, Distiller, distill, new_drafter, spread_layers
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+from mimo_qat.models.dflash_files import load_drafter
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 
 SIZE = 4
@@ -307,7 +312,7 @@ def test_sampling_with_equality_acceptance_is_the_targets_distribution(tiny_conf
     model = MiMoV2ForCausalLM(MiMoV2Config(**tiny_config | small)).eval()
     config = settings(tmp_path, num_taps=1, block_size=2, intermediate_size=16)
     drafter = new_drafter(config, model, 5).eval()
-    prompt, draws = [1, 2, 3], 2000
+    prompt, draws = [1, 2, 3], 1000
     with torch.no_grad():
         first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
         second = model(torch.tensor([[*prompt, t] for t in range(6)])).logits[:, -1].softmax(-1)
@@ -349,7 +354,7 @@ def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path):
         "position_ids": torch.arange(ids.shape[1])[None],
     }
     config = settings(
-        tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=150,
+        tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=10,
         eval_prompts=1, eval_max_new_tokens=25, cache_taps=True,
     )  # fmt: skip
     out = distill(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows(), [PROMPT], [])
@@ -531,3 +536,53 @@ def test_questions_end_before_the_last_answer():
     assert questions([{"messages": turns}]) == [turns[:3]]
     with pytest.raises(ValueError, match="row 0"):
         questions([{"text": "prose"}])
+
+
+def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
+    """The two commands as a user runs them, from a checkpoint folder to a drafter that loads."""
+    words = {**{f"t{i}": i for i in range(500)}, "<|mask|>": 500}
+    tokenizer = {
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "decoder": {"type": "Metaspace", "replacement": " ", "prepend_scheme": "never", "split": False},
+        "added_tokens": [],
+    }
+    template = "{% for m in messages %}{{ m['content'] }} t9 {% endfor %}"
+    special = {"chat_template": template, "pad_token": "t0", "eos_token": "t9", "unk_token": "t1"}
+    (bf16_folder.path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (bf16_folder.path / "tokenizer_config.json").write_text(
+        json.dumps(special | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    prompts = [{"messages": ask(f"t{20 + i} t{30 + i} t{i + 40}")} for i in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+
+    def command(verb, **flags):
+        code = run_verb("mimo-qat", "", VERBS, [verb, *(f"--{k}={v}" for k, v in flags.items())])
+        printed = capsys.readouterr().out
+        assert code == 0, printed
+        return json.loads(printed.splitlines()[-1])
+
+    target, rows = str(bf16_folder.path), str(tmp_path / "answers.jsonl")
+    answered = command(
+        "answer", target=target, prompts=tmp_path / "prompts.jsonl", output=rows, max_new_tokens=12, temperature=1.0
+    )
+    assert answered["ok"] and answered["answered"] >= 20
+    flags = {k: v for k, v in vars(settings(tmp_path / "out")).items() if v is not None}
+    flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6, "eval_fraction": 0.3}
+    del flags["mask_token_id"]
+    document = command("distill", **flags)
+    assert document["steps"] == 8 and document["decoding"]["prompts"] == 2 and "eval_loss" in document
+    drafter = load_drafter(tmp_path / "out")
+    assert drafter.config.mask_token_id == 500 and drafter.config.target_layer_ids == [0, 1, 3]
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]["data"] == rows
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes" / "distill").glob("*.yaml")), ids=str)
+def test_recipes_load(recipe, capsys):
+    flags = ["--target=t", "--data=d", "--output_dir=o", "--print_config"]
+    with pytest.raises(SystemExit) as done:
+        run_verb("mimo-qat", "", VERBS, ["distill", f"--config={recipe}", *flags])
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(recipe.read_text())
+    assert given and {k: printed[k] for k in given} == given

@@ -80,9 +80,7 @@ def test_published_shapes():
 @pytest.mark.parametrize(("path", "files", "last"), [(PRO, 128, 3), (FLASH, 64, 4)])
 def test_expert_files(path, files, last):
     by_file = files_of(target_tensors(layout.read_json(path)))
-    assert set(by_file) == {f"model_pp0_ep{i}_shard0.safetensors" for i in range(files)} | {
-        "model_mtp.safetensors"
-    }
+    assert set(by_file) == {f"model_pp0_ep{i}_shard0.safetensors" for i in range(files)} | {"model_mtp.safetensors"}
     tail = {int(s.name.split(".")[5]) for s in by_file[f"model_pp0_ep{files - 1}_shard0.safetensors"]}
     assert tail == set(range(files * last - last, files * last))
     assert any(s.name == "lm_head.weight" for s in by_file["model_pp0_ep0_shard0.safetensors"])

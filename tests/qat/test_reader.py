@@ -126,7 +126,7 @@ def test_load_model_equals_from_pretrained(bf16_folder):
     assert set(theirs) == set(ours.state_dict())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
-    assert report.not_run == {"mtp": 13}
+    assert report.not_run == {"mtp": 12}
 
 
 def test_load_model_keeps_the_router_in_float32(bf16_folder):
@@ -139,7 +139,7 @@ def test_load_model_keeps_the_router_in_float32(bf16_folder):
 
 def test_load_model_of_a_release_uses_the_snapped_experts(release, capsys):
     model = load_model(release.path)
-    assert "144 of them mxfp4 routed experts, 17 mtp tensors not run" in capsys.readouterr().err
+    assert "144 of them mxfp4 routed experts, 16 mtp tensors not run" in capsys.readouterr().err
     source = release.source.tensors
     down = dict(model.named_parameters())["model.layers.1.mlp.experts.down_proj"]
     assert torch.equal(down[3].bfloat16(), mxfp4.snap(source["model.layers.1.mlp.experts.3.down_proj.weight"]))
@@ -336,7 +336,7 @@ class Payload:
 def test_a_malicious_mask_embedding_is_refused(drafter_folder, tmp_path):
     marker = tmp_path / "executed"
     with (drafter_folder.path / "mask_embedding.pt").open("wb") as f:
-        pickle.dump({"mask_token_id": 511, "embedding": Payload(marker)}, f)
+        pickle.dump({"mask_token_id": 511, "embedding": Payload(marker)}, f, protocol=2)
     with pytest.raises(ValueError) as caught:
         read_drafter(drafter_folder.path)
     assert_one_line(caught, "mask_embedding.pt", "fetch it again")

@@ -77,7 +77,10 @@ def drafter_folder(folder: Path, config: dict, *, window: int | None = 24, causa
     write_tensors(folder, specs, tensors)
     write_index(folder, specs, {})
     write_json(folder / "config.json", draft)
-    mask = {"mask_token_id": draft["dflash_config"]["mask_token_id"], "embedding": torch.randn(draft["hidden_size"]).bfloat16()}
+    mask = {
+        "mask_token_id": draft["dflash_config"]["mask_token_id"],
+        "embedding": torch.randn(draft["hidden_size"]).bfloat16(),
+    }
     torch.save(mask, folder / "mask_embedding.pt")
     return folder
 

@@ -142,7 +142,7 @@ def test_visible_keys_by_hand():
 
 def test_a_ring_knows_what_its_slots_hold():
     ring = RingCache((1, 1, 1), 5, 3, block=2)
-    for start in range(0, 12):
+    for start in range(12):
         row = torch.tensor([[[float(start)]], [[-99.0]]])  # the second row is rejected every time
         k, _ = ring.extend(row, row, start)
         held = ring.positions(start + 1)

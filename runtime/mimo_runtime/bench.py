@@ -1,0 +1,234 @@
+"""mimo-runtime bench runs/demo/release --limit 6 --max_new_tokens 64
+
+Decoding speed of one sequence with and without the drafter, on the same prompts in turn, and what the drafter's
+acceptance is made of. The acceptance length counts the model's own token after the drafts, so it lies in [1, block];
+it is printed beside what would make it look good for free: an n-gram copier on the same text, and how repetitive the
+text is. Rounds that a stop token or the budget cut short are left out. The last line is one JSON document.
+"""
+
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from mimo_qat.provenance import command_line, commit, hardware, versions
+from mimo_runtime.config import BenchConfig
+from mimo_runtime.engine import Engine, Generation
+from mimo_runtime.load import Moe, Target
+from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
+
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}  # logit gap that rounding can turn; 0.25 is two bfloat16 steps at 16..32
+
+
+def acceptance(accepted: Sequence[Sequence[int]], block: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Statistics of accepted drafts, one list of rounds a prompt; lengths are tokens a verification, bonus included.
+
+    `length` is pooled over rounds, which is what speed follows; its 95 % interval is a bootstrap over prompts.
+    `survival[k]` is the share of rounds that accept at least k + 1 drafts, `hit_rate[k]` the share that does so among
+    those that accepted k.
+    """
+    rounds = [a for prompt in accepted for a in prompt]
+    if not rounds:
+        return {"length": None, "rounds": 0, "cap": block}
+    prompts = [p for p in accepted if p]
+    rng, means = random.Random(seed), []
+    for _ in range(resamples):
+        drawn = rng.choices(prompts, k=len(prompts))
+        means.append(1 + sum(map(sum, drawn)) / sum(map(len, drawn)))
+    means.sort()
+    survival = [sum(a > k for a in rounds) / len(rounds) for k in range(block - 1)]
+    reached = [1.0, *survival[:-1]]
+    return {
+        "length": 1 + sum(rounds) / len(rounds),
+        "ci95": [means[int(0.025 * (resamples - 1))], means[int(0.975 * (resamples - 1))]],
+        "length_mean_of_prompts": sum(1 + sum(p) / len(p) for p in prompts) / len(prompts),
+        "cap": block,
+        "rounds": len(rounds),
+        "survival": survival,
+        "hit_rate": [s / r if r else None for s, r in zip(survival, reached, strict=True)],
+    }
+
+
+def lookup_rounds(prompt: Sequence[int], tokens: Sequence[int], block: int, longest: int = 3) -> list[int]:
+    """Accepted drafts a round if the drafter were a copier: the continuation of the latest earlier occurrence of the
+    last 3 (else 2, else 1) tokens. It needs no model, so a drafter has to beat it."""
+    text, at, rounds = [*prompt, *tokens], len(prompt) + 1, []
+    seen: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence before `at` ends
+    indexed = 0
+    while at + block - 1 <= len(text):
+        for end in range(indexed + 1, at):
+            seen |= {tuple(text[end - n : end]): end for n in range(1, longest + 1) if end >= n}
+        indexed = at - 1
+        found = next((seen[k] for n in range(longest, 0, -1) if (k := tuple(text[at - n : at])) in seen), None)
+        drafts = text[found:at][: block - 1] if found is not None else []
+        wrong = next((i for i, d in enumerate(drafts) if d != text[at + i]), len(drafts))
+        rounds.append(wrong)
+        at += wrong + 1
+    return rounds
+
+
+def distinct(tokens: Sequence[int], n: int = 3) -> float:
+    """Share of different n-grams; a text that loops is far below 1 and flatters every drafter."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def bytes_per_token(target: Target) -> int:
+    """Weight bytes that one token of plain decoding has to read (the embedding is one row)."""
+    total = target.head.nbytes
+    for layer in target.layers:
+        share = layer.mlp.top_k / len(layer.mlp.down) if isinstance(layer.mlp, Moe) else 1
+        shared, routed = layer.weights()[:2], layer.weights()[2:]
+        total += sum(w.nbytes for w in shared) + int(share * sum(w.nbytes for w in routed))
+    return total
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Measured GB/s of summing a large tensor: the roofline of batch-1 decoding."""
+    big = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26), device=device)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        float(big.sum())
+        best = max(best, big.nbytes / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def compare(engine: Engine, prompt: list[int], plain: list[int], drafted: list[int]) -> dict[str, Any]:
+    """Whether two outputs are the same; else where they part, and by how little the model preferred its choice."""
+    at = next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=False)) if a != b), None)
+    if at is None:
+        return {"identical": len(plain) == len(drafted), "near_tie": len(plain) == len(drafted)}
+    top = engine.logits(prompt + plain[:at])[-1].topk(2).values
+    gap = float(top[0] - top[1])
+    return {"identical": False, "at": at, "gap": gap, "near_tie": gap < NEAR_TIE[engine.cfg.dtype]}
+
+
+def _summary(runs: list[dict[str, Any]], block: int) -> dict[str, Any]:
+    """Statistics of the prompts in `runs`, each with its outputs `plain` and (with a drafter) `drafted`."""
+    plain = [r["plain"] for r in runs]
+    out: dict[str, Any] = {
+        "prompts": len(runs),
+        "tokens": sum(len(g.tokens) for g in plain),
+        "plain_tokens_per_second": _speed(plain),
+        "plain_step_ms": _step(plain),
+        "distinct_3": sum(distinct(g.tokens) for g in plain) / len(plain),
+        "lookup_length": acceptance([lookup_rounds(r["ids"], r["plain"].tokens, block) for r in runs], block)["length"],
+    }
+    if runs[0].get("drafted"):
+        drafted = [r["drafted"] for r in runs]
+        out["tokens_per_second"] = _speed(drafted)
+        out["step_ms"] = _step(drafted)
+        out["speedup"] = out["tokens_per_second"] / out["plain_tokens_per_second"]
+        out["acceptance"] = acceptance([[x.accepted for x in g.rounds if not x.cut] for g in drafted], block)
+    return out
+
+
+def _speed(generations: list[Generation]) -> float:
+    seconds = sum(g.decode_seconds for g in generations)
+    return sum(len(g.tokens) - 1 for g in generations) / seconds if seconds else 0.0
+
+
+def _step(generations: list[Generation]) -> float | None:
+    """Median milliseconds of a round, which a machine that stalls now and then does not spoil."""
+    seconds = [s for g in generations for s in g.round_seconds]
+    return 1e3 * statistics.median(seconds) if seconds else None
+
+
+def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchConfig) -> list[dict[str, Any]]:
+    """Runs every prompt plainly and with drafts, in turn, so that a slow minute of the machine hits both."""
+    drafting = engine.drafter is not None or cfg.forced_acceptance is not None
+    engine.generate(prompts[0][1], _short(cfg), forced_acceptance=cfg.forced_acceptance)  # warm-up, not counted
+    runs = []
+    for i, (prompt, ids) in enumerate(prompts):
+        run: dict[str, Any] = {"domain": prompt.domain, "ids": ids, "plain": engine.generate(ids, cfg, speculate=False)}
+        if drafting:
+            run["drafted"] = engine.generate(ids, cfg, forced_acceptance=cfg.forced_acceptance)
+            run["equality"] = compare(engine, ids, run["plain"].tokens, run["drafted"].tokens)
+        runs.append(run)
+        if sys.stderr.isatty():
+            print(f"\rprompt {i + 1}/{len(prompts)}", end="\n" * (i + 1 == len(prompts)), file=sys.stderr, flush=True)
+    return runs
+
+
+def _short(cfg: BenchConfig) -> BenchConfig:
+    return replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
+
+
+def _print_table(rows: dict[str, dict[str, Any]]) -> None:
+    print(f"{'':10} {'prompts':>7} {'plain t/s':>10} {'drafter t/s':>11} {'speedup':>8} {'acceptance [95 %]':>22} "
+          f"{'mean':>5} {'n-gram':>6} {'distinct-3':>10}")  # fmt: skip
+    for name, row in rows.items():
+        line = f"{name:10} {row['prompts']:7d} {row['plain_tokens_per_second']:10.1f} "
+        a = row.get("acceptance")
+        if a and a["rounds"]:
+            interval = f"{a['length']:.2f} [{a['ci95'][0]:.2f}, {a['ci95'][1]:.2f}] / {a['cap']}"
+            line += f"{row['tokens_per_second']:11.1f} {row['speedup']:7.2f}x {interval:>22} "
+            line += f"{a['length_mean_of_prompts']:5.2f} "
+        else:
+            line += f"{'-':>11} {'-':>8} {'-':>22} {'-':>5} "
+        print(line + f"{row['lookup_length'] or 0:6.2f} {row['distinct_3']:10.2f}")
+    a = rows["all"].get("acceptance")
+    if a and a["rounds"]:
+        print("slot                " + " ".join(f"{k + 1:5d}" for k in range(len(a["survival"]))))
+        print("accepted up to it   " + " ".join(f"{s:5.3f}" for s in a["survival"]))
+        print("hit when reached    " + " ".join("    -" if h is None else f"{h:5.3f}" for h in a["hit_rate"]))
+
+
+def main(cfg: BenchConfig) -> dict[str, Any]:
+    """Measures decoding speed with and without the drafter, and how much of its drafts is accepted."""
+    tokenizer = load_tokenizer(cfg.folder)
+    prompts = [(p, encode(tokenizer, p.text, cfg.chat)) for p in load_prompts(cfg.prompts, cfg.limit)]
+    engine = Engine(cfg.folder, cfg)
+    runs = measure(engine, prompts, cfg)
+    by_domain = defaultdict(list)
+    for run in runs:
+        by_domain[run["domain"]].append(run)
+    rows = {"all": _summary(runs, engine.block)}
+    if len(by_domain) > 1:
+        rows |= {name: _summary(members, engine.block) for name, members in by_domain.items()}
+    if cfg.forced_acceptance is not None:
+        print(f"FORCED acceptance {cfg.forced_acceptance}: the drafts are the model's own tokens, not the drafter's")
+    _print_table(rows)
+    bandwidth, need = read_bandwidth(engine.device), bytes_per_token(engine.target)
+    used = need * rows["all"]["plain_tokens_per_second"] / 1e9
+    steps = f"median step {rows['all']['plain_step_ms'] or 0:.1f} ms"
+    if "step_ms" in rows["all"]:
+        steps += f", with drafts {rows['all']['step_ms'] or 0:.1f} ms"
+    print(steps)
+    print(f"plain decoding reads {need / 1e6:.0f} MB a token: {used:.1f} GB/s of {bandwidth:.1f} measured "
+          f"({used / bandwidth:.0%} of the roofline)")  # fmt: skip
+    equal = [r["equality"] for r in runs if "equality" in r]
+    different = [e for e in equal if not e["identical"]]
+    if equal:
+        print(f"output with and without drafts: {len(equal) - len(different)} of {len(equal)} identical")
+        for e in different[:3]:
+            print(f"  parts at token {e.get('at')}, where the logit gap is {e.get('gap', 0):.2g}")
+    return {
+        "ok": all(e["near_tie"] for e in different),
+        **rows["all"],
+        "domains": {k: v for k, v in rows.items() if k != "all"},
+        "identical": not different if equal else None,
+        "divergences": different,
+        "forced_acceptance": cfg.forced_acceptance,
+        "roofline": {"bytes_per_token": need, "gb_per_s": used, "measured_gb_per_s": bandwidth},
+        "conditions": conditions(engine, asdict(cfg)),
+    }
+
+
+def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the figures depend on: machine, versions, command, commit and settings."""
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "block": engine.block,
+        "command": command_line(),
+        "commit": commit(),
+        "settings": {**settings, "device": str(engine.device)},
+    }

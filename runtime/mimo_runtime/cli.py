@@ -1,0 +1,96 @@
+"""mimo-runtime generate runs/demo/release --prompt "Write a haiku about locks."
+
+`mimo-runtime VERB`: decode with an FP4-DFlash release, measure its speed, judge its quality.
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mimo_runtime.config import BenchConfig, GenerateConfig, QualityConfig
+
+USAGE = """usage: mimo-runtime VERB FOLDER [--config FILE.yaml] [--FIELD VALUE ...]
+
+verbs:
+  generate   decode after one prompt, with the release's drafter
+  bench      speed with and without the drafter, acceptance of its drafts
+  quality    a release against its unquantised reference
+
+mimo-runtime VERB --help lists the fields of a verb; --print_config prints them as YAML."""
+
+
+def generate(cfg: GenerateConfig) -> None:
+    """Generates after one prompt and prints the text as it is committed; speed goes to standard error."""
+    from mimo_runtime.engine import Engine
+    from mimo_runtime.prompts import encode, load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.folder)
+    ids = encode(tokenizer, sys.stdin.read() if cfg.prompt is None else cfg.prompt, cfg.chat)
+    engine = Engine(cfg.folder, cfg)
+    tokens: list[int] = []
+    printed = ""
+
+    def show(new: list[int]) -> None:
+        nonlocal printed
+        tokens.extend(new)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+
+    out = engine.generate(ids, cfg, on_tokens=show)
+    print(tokenizer.decode(tokens, skip_special_tokens=True)[len(printed) :])
+    full = [r.accepted + 1 for r in out.rounds if not r.cut]
+    rate = f", {sum(full) / len(full):.2f} tokens a round" if full and engine.drafter else ""
+    print(
+        f"{len(ids)} prompt tokens in {out.prefill_seconds:.2f} s; {len(out.tokens)} tokens at "
+        f"{out.tokens_per_second:.1f} tokens/s{rate} ({out.finish})",
+        file=sys.stderr,
+    )
+
+
+def bench(cfg: BenchConfig) -> dict[str, Any]:
+    """Decoding speed with and without the drafter, and how much of its drafts is accepted."""
+    from mimo_runtime.bench import main
+
+    return main(cfg)
+
+
+def quality(cfg: QualityConfig) -> dict[str, Any]:
+    """A release against its unquantised reference, beside plain quantisation and numerical noise."""
+    from mimo_runtime.quality import main
+
+    return main(cfg)
+
+
+VERBS: dict[str, tuple[type, Any]] = {
+    "generate": (GenerateConfig, generate),
+    "bench": (BenchConfig, bench),
+    "quality": (QualityConfig, quality),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code. The folder may be given without `--folder`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(importlib.metadata.version("mimo-qat"))
+        return 0
+    if args[0] not in VERBS:
+        print(f"error: mimo-runtime has no verb {args[0]!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    from mimo_qat.commands import run_one
+
+    name, *rest = args
+    if rest and not rest[0].startswith("-"):
+        rest[0] = f"--folder={rest[0]}"
+    config, verb = VERBS[name]
+    return run_one(f"mimo-runtime {name}", config, verb, rest)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

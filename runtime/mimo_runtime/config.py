@@ -1,0 +1,106 @@
+"""The settings of every command, as plain dataclasses: field == flag == YAML key. Standard library only, so that help
+and typing errors come at once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["even", "floor", "rceil", "mse"]
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Where a model runs, and how."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """type of weights and activations; norms, router, softmax and logits are float32 in both"""
+    max_len: int = 4096
+    """longest prompt and output together, in tokens; the caches are this long"""
+    prefill_chunk: int = 256
+    """prompt tokens computed at once"""
+    drafter: str | None = "auto"
+    """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are chosen and when generation ends."""
+
+    max_new_tokens: int = 256
+    """most tokens to generate"""
+    temperature: float = 0.0
+    """0 takes the most likely token; larger is more random"""
+    top_k: int = 0
+    """sample among this many most likely tokens; 0 is all"""
+    top_p: float = 1.0
+    """sample among the most likely tokens that together have this probability"""
+    seed: int = 0
+    """the same seed gives the same tokens, with and without a drafter"""
+    stop_token_ids: tuple[int, ...] = ()
+    """token ids that end the text (they are part of the output); empty takes those of the checkpoint"""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; generate at least 1 token")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; use 0 for all tokens or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(EngineConfig, SamplingConfig):
+    """Generate after one prompt, and print the text as it is committed."""
+
+    folder: str
+    """release or BF16 folder, with its tokenizer"""
+    prompt: str | None = None
+    """the prompt; standard input without it"""
+    chat: bool = True
+    """put the prompt into the tokenizer's chat template, if there is one"""
+
+
+@dataclass(kw_only=True)
+class BenchConfig(EngineConfig, SamplingConfig):
+    """Decoding speed with and without the drafter, and how much of its drafts is accepted."""
+
+    folder: str
+    """release or BF16 folder, with its tokenizer"""
+    prompts: str | None = None
+    """.jsonl file of {"prompt": ..., "domain": ...}; the 24 bundled prompts without it"""
+    limit: int | None = None
+    """use only this many prompts, evenly over the file"""
+    max_new_tokens: int = 128
+    """tokens to generate for each prompt"""
+    forced_acceptance: int | list[int] | None = None
+    """not a measurement of the drafter: accept exactly this many of the model's own tokens in every round (a list is
+    cycled through), to see what such an acceptance would give"""
+    chat: bool = True
+    """put each prompt into the tokenizer's chat template, if there is one"""
+
+
+@dataclass(kw_only=True)
+class QualityConfig(EngineConfig):
+    """What quantisation cost: a release against its unquantised reference, beside plain quantisation and noise."""
+
+    folder: str
+    """release to judge"""
+    reference: str
+    """unquantised BF16 folder that the release was made from"""
+    text: str | None = None
+    """.jsonl of {"text": ...} or {"messages": [...]}, or a .txt; the source of Python's standard library without it"""
+    rule: Rule = "even"
+    """scale rule of the plain quantisation of the reference"""
+    windows: int = 16
+    """stretches of text to compare on"""
+    length: int = 256
+    """tokens in each"""
+    seed: int = 0
+    """seed of the bootstrap"""
+
+    def __post_init__(self) -> None:
+        if self.windows < 2 or self.length < 2:
+            raise ValueError(f"windows {self.windows} and length {self.length} must both be 2 or more")

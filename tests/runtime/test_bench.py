@@ -1,0 +1,222 @@
+"""What `bench` counts, on rounds and texts worked by hand, and the commands end to end on a tiny release."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_runtime.bench import acceptance, bytes_per_token, distinct, lookup_rounds
+from mimo_runtime.cli import main
+from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
+from mimo_runtime.engine import Engine
+from mimo_runtime.load import LoadConfig, load_target
+from mimo_runtime.prompts import load_prompts
+from mimo_runtime.quality import compare_logits, cut_windows, perplexity
+
+
+def test_acceptance_by_hand():
+    """Rounds 3, 0 and 1, 3, 3 of a block of 4: 5 rounds, 10 accepted drafts."""
+    a = acceptance([[3, 0], [1, 3, 3], []], block=4)
+    assert a["length"] == 3.0 and a["rounds"] == 5 and a["cap"] == 4
+    assert a["length_mean_of_prompts"] == pytest.approx((2.5 + 10 / 3) / 2)
+    assert a["survival"] == [0.8, 0.6, 0.6]
+    assert a["hit_rate"] == [0.8, pytest.approx(0.75), pytest.approx(1.0)]
+    assert a["ci95"] == [2.5, pytest.approx(10 / 3)]
+    assert acceptance([[], []], block=4)["length"] is None
+
+
+def test_lookup_accepts_what_a_copier_would():
+    loop = [1, 2, 3, 4] * 6
+    assert lookup_rounds(loop[:8], loop[8:], block=4) == [3, 3, 3, 3]  # the last round's bonus lies past the text
+    assert lookup_rounds([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], block=4) == [0, 0, 0, 0]
+    # After 7 5 the copier proposes what followed the first 5: 6 6 6, of which two are right.
+    assert lookup_rounds([5, 6, 6, 6], [7, 5, 6, 6, 9, 9, 9, 9], block=4)[:2] == [0, 2]
+
+
+def test_lookup_equals_a_search_of_the_whole_text():
+    generator = torch.Generator().manual_seed(0)
+    prompt, tokens = (torch.randint(0, 4, (n,), generator=generator).tolist() for n in (20, 120))
+    text, at, expected = prompt + tokens, 21, []
+    while at + 5 <= len(text):
+        drafts: list[int] = []
+        for n in (3, 2, 1):
+            ends = [e for e in range(n, at) if text[e - n : e] == text[at - n : at]]
+            if ends:
+                drafts = text[ends[-1] : at][:5]
+                break
+        right = 0
+        while right < len(drafts) and drafts[right] == text[at + right]:
+            right += 1
+        expected.append(right)
+        at += right + 1
+    assert lookup_rounds(prompt, tokens, block=6) == expected and max(expected) > 1
+
+
+def test_distinct_trigrams():
+    assert distinct([1, 2, 3, 1, 2, 3, 1]) == 3 / 5 and distinct([1, 2]) == 1.0
+
+
+def test_bytes_of_a_token(reference, tiny_config):
+    """Head, four layers of attention (K/V heads 2 and 4), one dense MLP, and 2 of 8 experts in three layers."""
+    c = tiny_config
+    h, vocab = c["hidden_size"], c["vocab_size"]
+    attention = sum((4 + kv) * 48 * h + kv * 32 * h + 4 * 32 * h for kv in (2, 4, 4, 2))
+    mlps = 3 * c["intermediate_size"] * h + 3 * 2 * 3 * c["moe_intermediate_size"] * h
+    assert bytes_per_token(load_target(reference, LoadConfig())) == 2 * (vocab * h + attention + mlps)
+
+
+def test_divergence_and_perplexity_by_hand():
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]), torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]])
+    got = compare_logits(p.log() + 3.0, q.log() - 1.0, torch.tensor([2, 1]))
+    kl = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(got["kl"], kl)
+    assert got["agree"].tolist() == [False, True]
+    torch.testing.assert_close(got["nll"], -q[0, 1].log()[None])
+    table = perplexity([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])], seed=0)
+    assert table["perplexity"] == pytest.approx(torch.tensor(2.0).exp().item())
+    assert table["perplexity_ci95"] == pytest.approx([table["perplexity"]] * 2)
+
+
+def test_comparison_does_not_depend_on_its_chunks():
+    logits = torch.randn(2, 150, 20, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(150) % 20
+    got = compare_logits(logits[0], logits[1], ids)
+    log_p, log_q = logits.log_softmax(-1)
+    torch.testing.assert_close(
+        got["kl"], torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    )
+    torch.testing.assert_close(got["nll"], torch.nn.functional.cross_entropy(logits[1, :-1], ids[1:], reduction="none"))
+
+
+def test_windows_are_spread_over_the_text():
+    assert cut_windows(iter([[0, 1, 2], [3, 4, 5, 6, 7, 8]]), 3, 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    with pytest.raises(ValueError, match="give more text"):
+        cut_windows(iter([[1, 2]]), 2, 2)
+
+
+def test_the_bundled_prompts():
+    prompts = load_prompts()
+    assert [sum(p.domain == d for p in prompts) for d in ("code", "reasoning", "chat")] == [8, 8, 8]
+    assert {p.domain for p in load_prompts(limit=3)} == {"code", "reasoning", "chat"}
+    assert len({p.text for p in prompts}) == 24
+
+
+# --- the commands, on a tiny release with a tokenizer -----------------------------------------------------------------
+
+
+@pytest.fixture
+def with_tokenizer(release, reference):
+    """The release and its reference, both with a byte tokenizer of 261 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
+    for folder in (release, reference):
+        tokenizer.save_pretrained(folder)
+    return release, reference
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_bench_command(with_tokenizer, capsys):
+    release, _ = with_tokenizer
+    flags = ["--limit=2", "--max_new_tokens=24", "--dtype=float32", "--device=cpu", "--max_len=512"]
+    assert main(["bench", str(release), *flags]) == 0
+    doc = last_line(capsys)
+    assert doc["identical"] is True and doc["ok"] is True and doc["prompts"] == 2
+    assert doc["acceptance"]["cap"] == 8 and 1 <= doc["acceptance"]["length"] <= 8
+    assert doc["conditions"]["settings"]["max_new_tokens"] == 24 and doc["conditions"]["versions"]["torch"]
+    assert main(["bench", str(release), *flags, "--forced_acceptance=5"]) == 0
+    doc = last_line(capsys)
+    assert doc["acceptance"]["length"] == 6.0 and doc["forced_acceptance"] == 5
+
+
+def test_drafts_stay_below_the_tokenizer(with_tokenizer):
+    release, _ = with_tokenizer
+    engine = Engine(release, EngineConfig(dtype="float32", device="cpu", max_len=128))
+    assert engine.drafter is not None and engine.drafter.vocab_size == 258
+    out = engine.generate([5, 6, 7], SamplingConfig(max_new_tokens=100))
+    assert all(r.drafted == 7 for r in out.rounds) and max(out.tokens) > 257
+
+
+def test_quality_command(with_tokenizer, capsys):
+    release, reference = with_tokenizer
+    flags = ["--windows=3", "--length=32", "--dtype=float32", "--device=cpu"]
+    assert main(["quality", str(release), "--reference", str(reference), *flags]) == 0
+    rows = last_line(capsys)["rows"]
+    assert rows["reference"]["kl_mean"] == 0.0 and rows["reference"]["top1_agreement"] == 1.0
+    noise, low, plain, release_row = (
+        rows[n]["kl_mean"] for n in ("noise: other chunks", "noise: bfloat16", "plain MXFP4 (even)", "release")
+    )
+    assert noise < 1e-9 < low < plain < release_row  # the release also quantised its spine
+
+
+def test_generate_command(with_tokenizer, capsys, tmp_path):
+    release, _ = with_tokenizer
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("max_new_tokens: 12\nmax_len: 64\ndevice: cpu\nprompt: hello\n")
+    assert main(["generate", str(release), "--config", str(settings)]) == 0
+    out = capsys.readouterr()
+    assert out.out.endswith("\n") and "5 prompt tokens" in out.err and "12 tokens" in out.err
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no tokenizer", "cut file", "wrong drafter", "prompt too long"])
+def test_faults_are_one_line(fault, with_tokenizer, capsys, tmp_path):
+    release, _ = with_tokenizer
+    args, message = [str(release)], ""
+    if fault == "no folder":
+        args, message = [str(tmp_path / "nowhere")], "is not a folder"
+    elif fault == "no tokenizer":
+        (release / "tokenizer.json").unlink()
+        (release / "tokenizer_config.json").unlink()
+        message = "has no tokenizer"
+    elif fault == "cut file":
+        file = next(release.glob("model_pp0_ep0_*"))
+        file.write_bytes(file.read_bytes()[:-10])
+        message = file.name
+    elif fault == "wrong drafter":
+        config = json.loads((release / "dflash" / "config.json").read_text())
+        config["dflash_config"]["target_layer_ids"] = [0, 1, 2, 40]
+        config.pop("num_target_layers")
+        (release / "dflash" / "config.json").write_text(json.dumps(config))
+        message = "40"
+    else:
+        args, message = [*args, "--max_len=16"], "raise max_len"
+    assert main(["bench", *args, "--device=cpu", "--max_new_tokens=4"]) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("args", [[], ["nonsense"], ["bench", "x", "--tempature=1"], ["bench"]], ids=str)
+def test_wrong_usage_exits_2(args, capsys):
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    root = Path(__file__).parents[2]
+    code = (
+        "import sys; sys.path[:0] = ['.', 'kernels', 'runtime']\n"
+        "from mimo_runtime.cli import main\n"
+        "try: main(['bench', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "forced_acceptance" in done.stdout, done.stderr
+
+
+def test_a_benchmark_setting_is_checked():
+    with pytest.raises(ValueError, match="top_p"):
+        BenchConfig(folder="x", top_p=0)

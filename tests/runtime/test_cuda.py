@@ -1,0 +1,38 @@
+"""The same forward passes on a GPU; the CPU in float32 is the oracle."""
+
+import pytest
+import torch
+
+from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.engine import Engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPT = [(11 * i) % 512 for i in range(40)]
+
+
+def test_logits_equal_those_of_the_cpu(release):
+    cpu, gpu = (Engine(release, EngineConfig(device=d, dtype="float32", max_len=128)) for d in ("cpu", "cuda"))
+    for chunk in (64, 7, 1):
+        torch.testing.assert_close(gpu.logits(PROMPT, chunk).cpu(), cpu.logits(PROMPT), rtol=1e-3, atol=1e-3)
+
+
+def test_noise_has_the_same_bits_as_on_the_cpu():
+    """The hash is integer arithmetic; only the two logarithms may differ in the last place."""
+    from mimo_runtime.speculate import gumbel_noise
+
+    positions, ids = torch.arange(5, 25), torch.arange(1000)[None]
+    torch.testing.assert_close(
+        gumbel_noise(7, positions.cuda(), ids.cuda()).cpu(), gumbel_noise(7, positions, ids), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("how", [{}, {"forced_acceptance": [7, 2, 0, 5]}], ids=str)
+def test_drafts_change_no_token(release, dtype, temperature, how):
+    engine = Engine(release, EngineConfig(device="cuda", dtype=dtype, max_len=160))
+    sampling = SamplingConfig(max_new_tokens=80, temperature=temperature, seed=1)
+    assert engine.generate(PROMPT, sampling, **how).tokens == engine.generate(PROMPT, sampling, speculate=False).tokens
