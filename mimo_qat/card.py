@@ -124,6 +124,14 @@ def limits(config: Config, specs: Mapping[str, TensorSpec], drafter: Config | No
             )
     if config.get("add_full_attention_sink_bias"):
         found.append("Full-attention layers have sinks, which vLLM 0.33 leaves out without an error.")
+    if config.get("tie_word_embeddings"):
+        found.append(
+            "The output head is tied to the embedding and not stored; vLLM 0.33 and SGLang 0.5.23 do not tie it."
+        )
+    if config.get("routed_scaling_factor") not in (None, 1, 1.0):
+        found.append(
+            f"routed_scaling_factor is {config['routed_scaling_factor']}; vLLM 0.33 and SGLang 0.5.23 compute with 1."
+        )
     if config.get("sliding_window") and 1 in (config.get("hybrid_layer_pattern") or ()):
         window = config["sliding_window"]
         here = "SGLang" if config.get("swa_window_convention") == "sglang" else "vLLM"
@@ -175,6 +183,19 @@ def cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
+def common_conditions(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The conditions that all of several records share: said once below the table instead of in every row."""
+    if len(records) < 2:
+        return {}
+    first, *rest = (r["conditions"] for r in records)
+    return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in rest)}
+
+
+def in_words(conditions: Mapping[str, Any]) -> str:
+    """Conditions as text for a table cell."""
+    return "; ".join(f"{cell(k)} {cell(v)}" for k, v in conditions.items())
+
+
 def eval_results(records: Sequence[Mapping[str, Any]]) -> list[Any]:
     """EvalResult metadata of the records that were measured on a named text: conditions have "dataset" or "text"."""
     from huggingface_hub import EvalResult
@@ -183,7 +204,8 @@ def eval_results(records: Sequence[Mapping[str, Any]]) -> list[Any]:
     for record in records:
         where = record["conditions"]
         name = where.get("dataset") or where.get("text")
-        if not isinstance(name, str) or isinstance(record["value"], str):
+        # A comparison's other rows (reference, noise, plain quantization) are no results of this model.
+        if not isinstance(name, str) or isinstance(record["value"], str) or where.get("row", "release") != "release":
             continue
         found.append(
             EvalResult(
@@ -251,23 +273,18 @@ def model_card(folder: Path, repo: str, cfg: CardConfig, records: Sequence[Mappi
         **relation,
         **link,
     )
+    common = common_conditions(records)
     rows = [
         {
             "name": cell(r["name"]),
             "value": f"{cell(r['value'])} {cell(r['unit'])}".strip(),
-            "conditions": "; ".join(f"{cell(k)} {cell(v)}" for k, v in r["conditions"].items()),
+            "conditions": in_words({k: v for k, v in r["conditions"].items() if k not in common}),
         }
         for r in records
     ]
     how = list(dict.fromkeys((r["command"], r["commit"]) for r in records))
     template = files("mimo_qat").joinpath("templates/model_card.md").read_text(encoding="utf-8")
-    named: dict[str, Any] = {
-        "repo": repo,
-        "name": repo.split("/")[-1],
-        "mark": MARK,
-        "rows": rows,
-        "how": how,
-        "cell": cell,
-    }
+    named: dict[str, Any] = {"repo": repo, "name": repo.split("/")[-1], "mark": MARK, "cell": cell}
+    named |= {"rows": rows, "common": in_words(common), "how": how}
     card = ModelCard.from_template(data, template_str=template, base=cfg.base_model, **facts, **named)
     return card.content.rstrip() + "\n"

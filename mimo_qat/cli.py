@@ -12,7 +12,7 @@ VERBS = {
     "layout": Verb(
         "mimo_qat.checkpoint.layout", "LayoutConfig", "every tensor of a release from a config alone", "config_json"
     ),
-    "push": Verb("mimo_qat.release", "PushConfig", "publish a release on the hub, with a measured card", "folder"),
+    "push": Verb("mimo_qat.release", "PushConfig", "publish a release on the hub, with a measured card", "folder repo"),
     "env": Verb("mimo_qat.environment", "EnvConfig", "versions and hardware, for bug reports"),
 }
 

@@ -16,8 +16,8 @@ class Verb:
     module: str
     config: str
     help: str
-    positional: str | None = None
-    """name of the field that may be given without its flag"""
+    positional: str = ""
+    """names of the fields that may be given without their flags, in order"""
 
 
 def run(prog: str, description: str, verbs: dict[str, Verb], argv: Sequence[str] | None = None) -> int:
@@ -44,8 +44,10 @@ def run(prog: str, description: str, verbs: dict[str, Verb], argv: Sequence[str]
     name, *rest = args
     verb = verbs[name]
     module = import_module(verb.module)
-    if verb.positional and rest and not rest[0].startswith("-"):
-        rest[0] = f"--{verb.positional}={rest[0]}"
+    for i, field in enumerate(verb.positional.split()):
+        if i >= len(rest) or rest[i].startswith("-"):
+            break
+        rest[i] = f"--{field}={rest[i]}"
     return run_one(f"{prog} {name}", getattr(module, verb.config), module.main, rest)
 
 

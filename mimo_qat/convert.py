@@ -1,43 +1,36 @@
 """mimo-qat convert --target runs/qat/final --drafter runs/distill/final --out release/
 
-A BF16 folder (or an FP8 release) and a drafter's folder become an FP4-DFlash release that vLLM and SGLang load:
-MXFP4 experts, FP8 fused QKV and dense MLPs, everything else as it is, the drafter in dflash/.
+A checkpoint of any size and a drafter's folder become an FP4-DFlash release that vLLM and SGLang load: MXFP4 experts,
+FP8 fused QKV and dense MLPs, everything else as it is, the drafter in dflash/. `--dialect` writes compressed-tensors
+or snapped BF16 instead. `--dry_run true` prints the plan from headers alone.
 
 Experts that already lie on the MXFP4 grid, as those of our trainer do, keep every bit; the number of elements that
-changed is counted and written down. The release appears whole: it grows in OUT.partial, where a killed job goes on
-with the next file, and takes its name at the end. The bytes do not depend on when or how often the job was killed.
+changed is counted and written down. Weights pass through in pieces, so memory does not grow with the model. The
+result appears whole: it grows in OUT.partial, where a killed job goes on with the next tensor, and takes its name at
+the end. The bytes do not depend on when or how often the job was killed, nor on the number of workers.
 """
 
+import fcntl
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
-from mimo_kernels import fp8, mxfp4
 from mimo_qat import models
+from mimo_qat.checkpoint.folder import inside
 from mimo_qat.checkpoint.geometry import Geometry
-from mimo_qat.checkpoint.layout import (
-    SPINE_FILE,
-    TOWER_PREFIXES,
-    Config,
-    Spine,
-    TensorSpec,
-    files_of,
-    quantization_config,
-    read_json,
-    target_tensors,
-    totals,
-)
-from mimo_qat.checkpoint.reader import Checkpoint, inside, read_drafter
-from mimo_qat.checkpoint.writer import MANIFEST_FILE, FileWriter, file_sha256, write_drafter, write_index
+from mimo_qat.checkpoint.layout import Spine, files_of, header_bytes, read_json, totals
+from mimo_qat.checkpoint.reader import read_drafter
+from mimo_qat.checkpoint.writer import MANIFEST_FILE, PT_METADATA, file_sha256, write_drafter, write_index
+from mimo_qat.dialects import Dialect, Plan, plan
 from mimo_qat.provenance import commit, versions, write_json
+from mimo_qat.sources import Source
+from mimo_qat.workers import Job, run_jobs
 
 COPIED = (
     "tokenizer*",
@@ -51,207 +44,103 @@ COPIED = (
     "LICENSE*",
 )
 REMOTE_CODE = ("configuration_mimo_v2.py", "modeling_mimo_v2.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_mimo_v2.MiMoV2Config",
-    "AutoModel": "modeling_mimo_v2.MiMoV2Model",
-    "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM",
-}
-_SUFFIX = re.compile(r"\.(weight_scale_inv|weight_scale|weight)$")
-_QKV = re.compile(r"model\.(mtp\.)?layers\.(\d+)\.self_attn\.qkv_proj$")
+SPARE_BYTES = 2**26  # configuration, index, manifest
 
 
 @dataclass(kw_only=True)
 class ConvertConfig:
     """Target and drafter -> FP4-DFlash release."""
 
-    target: str
-    """folder of the target: BF16 as `qat` and `upcycle` write it, or an FP8 or MXFP4 release"""
-    out: str
+    target: str = ""
+    """folder of the source: BF16 as `qat` and `upcycle` write it, an FP8 or MXFP4 release, or another MoE family"""
+    out: str = ""
     """release folder to write"""
     drafter: str | None = None
     """folder of the DFlash drafter; unset: the target's own dflash/ where it has one, else a release without drafter"""
+    dialect: Dialect = "mimo"
+    """the published layout; compressed-tensors (mxfp4-pack-quantized); or bf16, the same values as plain weights"""
     rule: Literal["even", "floor", "rceil", "mse"] = "even"
     """scale rule of the MXFP4 experts; weights that are on the grid come out the same under each of them"""
     spine: Spine = "fp8"
-    """storage of the fused QKV and of the dense MLPs"""
+    """storage of the fused QKV and of the dense MLPs in the mimo dialect; the others have BF16"""
     overwrite: bool = False
     """replace `out` where it is not empty; until the new release is complete the old one stays"""
     device: str = "cpu"
     """where experts are quantized: cpu or cuda; the bytes are the same"""
+    workers: int | None = None
+    """processes, each with a file at a time; unset: up to 4, one a core, and none besides this one for a small model"""
+    dry_run: bool = False
+    """print tensors, bytes, files and the free space that is needed; nothing is written"""
+    bench: bool = False
+    """measure the conversion of one Pro MoE layer's experts instead, against a file copy and compressed-tensors"""
+    bench_experts: int = 384
+    """experts of that layer that the bench makes and converts"""
 
 
-def release_config(source: Config, spine: Spine, mtp_layers: int) -> Config:
-    """config.json of the release: the source's own keys, the fused layout, and how the weights are stored.
+class _Progress:
+    """OUT.progress: the plan of an unfinished run and the journal of every file, beside OUT.partial."""
 
-    `layer_types` goes: it repeats hybrid_layer_pattern, and engines that find it build their windows from it.
-    """
-    dtype_key = "dtype" if "dtype" in source else "torch_dtype"
-    config = {k: v for k, v in source.items() if k not in ("layer_types", "quantization_config")}
-    config |= {
-        "architectures": ["MiMoV2ForCausalLM"],
-        "model_type": "mimo_v2",
-        "auto_map": AUTO_MAP,
-        "attention_projection_layout": "fused_qkv",
-        dtype_key: "bfloat16",
-    }
-    stated = source.get("num_nextn_predict_layers")
-    if stated and not mtp_layers:
-        config["num_nextn_predict_layers"] = 0  # training drops the MTP blocks; engines must not look for them
-    elif stated not in (None, mtp_layers):
-        raise ValueError(
-            f"num_nextn_predict_layers is {stated}, but the checkpoint holds {mtp_layers} MTP blocks; "
-            "correct the source's config.json"
-        )
-    config["quantization_config"] = quantization_config(config, "mxfp4", spine, mtp_layers)
-    return config
+    def __init__(self, out: Path, fingerprint: str):
+        self.work = out.with_name(out.name + ".partial")
+        self.folder = out.with_name(out.name + ".progress")
+        path, lock = self.folder / "plan.json", self.folder / "lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock.open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another conversion is writing {out}; wait for it, or choose another --out") from None
+        if path.is_file() and self.work.is_dir() and read_json(path).get("plan") == fingerprint:
+            return
+        shutil.rmtree(self.work, ignore_errors=True)  # another source or other options: nothing of it can be kept
+        for file in self.folder.iterdir():
+            if file != lock:
+                file.unlink()
+        self.work.mkdir(parents=True)
+        write_json(path, {"plan": fingerprint})
 
+    def end(self) -> None:
+        """Nothing is left to go on with."""
+        self._lock.close()
+        shutil.rmtree(self.folder)
 
-class Conversion:
-    """Makes the stored tensors of a release, one module at a time, from a source checkpoint."""
+    def jobs(self, source: Source, target: Plan, cfg: ConvertConfig) -> dict[str, Job]:
+        """File -> the job that writes it."""
+        made = {}
+        for file, (specs, steps) in target.by_file().items():
+            names = {n for step in steps for n in source.names(step.source)}
+            journal = self.folder / f"{file}.jsonl"
+            made[file] = Job(self.work / file, journal, specs, steps, source.narrow(names), cfg.rule, cfg.device)
+        return made
 
-    def __init__(self, source: Checkpoint, cfg: ConvertConfig):
-        source.verify()
-        self.source, self.cfg = source, cfg
-        experts, _, mtp = source.format
-        self.copies_experts = experts == "mxfp4"
-        self.config = release_config(source.config, cfg.spine, mtp)
-        self.geometry = Geometry.from_config(self.config)
-        self.specs = target_tensors(self.config, experts="mxfp4", spine=cfg.spine, mtp_layers=mtp)
-        # Towers of a multimodal source ride along byte for byte, in the file beside the spine.
-        tower_file = SPINE_FILE.replace("shard0", "shard1")
-        for name, spec in source.specs.items():
-            if name.startswith(TOWER_PREFIXES):
-                self.specs[name] = TensorSpec(name, spec.dtype, spec.shape, tower_file)
-
-    def file(self, specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """(name, stored tensor, changed expert elements) of every tensor of one file, module by module."""
-        modules: dict[str, list[TensorSpec]] = {}
-        for spec in specs:
-            modules.setdefault(_SUFFIX.sub("", spec.name), []).append(spec)
-        for base, members in modules.items():
-            tensors, changed = self.module(base, {s.name: s for s in members})
-            for name, tensor in tensors.items():
-                yield name, tensor, changed
-                changed = 0  # counted once a module
-
-    def module(self, base: str, specs: dict[str, TensorSpec]) -> tuple[dict[str, torch.Tensor], int]:
-        """({name: stored tensor}, elements of an expert that the MXFP4 grid changed) of one module."""
-        stored = {n: self.source.specs.get(n) for n in specs}
-        same = all(s is not None and (s.dtype, s.shape) == (specs[n].dtype, specs[n].shape) for n, s in stored.items())
-        if same:
-            return {name: self.source.raw(name) for name in specs}, 0
-        if ".mlp.experts." in base:
-            return self._expert(base)
-        if base + ".weight_scale_inv" in specs:
-            codes, scales = fp8.quantize(self._spine(base, torch.float32), self._chunk_rows(base), name=base)
-            return {base + ".weight": codes, base + ".weight_scale_inv": scales}, 0
-        (name, spec), *rest = specs.items()
-        assert not rest, f"{base}: unexpected {rest}"
-        if spec.dtype == "BF16" and ".mlp.gate." not in name:
-            return {name: self._spine(base, torch.bfloat16)}, 0
-        return {name: self._router(name, spec.dtype)}, 0
-
-    def _expert(self, base: str) -> tuple[dict[str, torch.Tensor], int]:
-        stored = self.source.spec(base + ".weight").dtype
-        weight = self.source.weight(base, torch.bfloat16 if stored == "BF16" else torch.float32).to(self.cfg.device)
-        packed, scales = mxfp4.encode(weight, self.cfg.rule, name=base)
-        changed = int((mxfp4.decode(packed, scales, weight.dtype, name=base) != weight).sum())
-        return {base + ".weight": packed.cpu(), base + ".weight_scale": scales.cpu()}, changed
-
-    def _spine(self, base: str, dtype: torch.dtype) -> torch.Tensor:
-        """A weight of the spine, on the CPU: a GPU divides by constants otherwise, and FP8 scales move by an ulp."""
-        match = _QKV.match(base)
-        if match:
-            return self.source.fused_qkv(int(match[2]), dtype, mtp=bool(match[1]))
-        return self.source.weight(base, dtype)
-
-    def _chunk_rows(self, base: str) -> int | None:
-        match = _QKV.match(base)
-        if not match:
-            return None
-        return sum(self.geometry.qkv_rows(self.geometry.mtp if match[1] else int(match[2])))
-
-    def _router(self, name: str, dtype: str) -> torch.Tensor:
-        weight = self.source.raw(name)
-        out = weight.to(torch.bfloat16 if dtype == "BF16" else torch.float32)
-        if not torch.equal(out.float(), weight.float()):
-            raise ValueError(
-                f"{name} is {weight.dtype} and does not fit in {dtype} exactly; set moe_router_dtype to float32, "
-                "or train the router in bfloat16"
-            )
-        return out
+    def present(self) -> int:
+        """Bytes on the disk that an earlier run left and this one goes on with."""
+        return sum(p.stat().st_blocks * 512 for p in self.work.rglob("*") if p.is_file())
 
 
-class _State:
-    """What a killed run leaves behind beside its work folder: its plan, and the record of each finished file."""
-
-    def __init__(self, work: Path, plan: str):
-        self.path = work.with_name(work.name + ".json")
-        self.plan = plan
-        self.files: dict[str, dict[str, Any]] = {}
-        if self.path.is_file() and work.is_dir():
-            found = read_json(self.path)
-            if found.get("plan") == plan:
-                self.files = found["files"]
-                return
-        shutil.rmtree(work, ignore_errors=True)  # another source or other options: nothing of it can be kept
-        work.mkdir(parents=True)
-        self._save()
-
-    def record(self, file: str, entry: dict[str, Any]) -> None:
-        self.files[file] = entry
-        self._save()
-
-    def _save(self) -> None:
-        write_json(self.path, {"plan": self.plan, "files": self.files})
-
-
-def _fingerprint(conversion: Conversion) -> str:
+def _fingerprint(source: Source, target: Plan, cfg: ConvertConfig) -> str:
     """Changes when the source or an option does, so that files of another plan are never kept."""
-    source, cfg = conversion.source, conversion.cfg
-    files = sorted({s.file for s in source.specs.values()})
-    stats = [(f, (source.folder / f).stat().st_size, (source.folder / f).stat().st_mtime_ns) for f in files]
-    plan = [str(source.folder.resolve()), stats, conversion.config, cfg.rule, cfg.spine, torch.__version__]
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    stated = [str(source.folder.resolve()), source.stamps, source.revision(), target.config, target.dialect]
+    chosen = [cfg.rule, cfg.spine, torch.__version__, [(s.name, s.file) for s in target.specs.values()]]
+    return hashlib.sha256(json.dumps([stated, chosen], sort_keys=True).encode()).hexdigest()
 
 
-def _write_target(work: Path, conversion: Conversion, state: _State) -> dict[str, dict[str, Any]]:
-    """Every weight file of the target; those that an earlier run finished are kept. Returns their records."""
-    files = files_of(conversion.specs)
-    progress = tqdm(
-        total=totals(conversion.specs)[1], unit="B", unit_scale=True, desc="convert", disable=None, smoothing=0
-    )
-    with progress:
-        for file, specs in files.items():
-            size = sum(s.nbytes for s in specs)
-            writer = FileWriter(work / file, specs)
-            if file in state.files and writer.is_complete():
-                progress.update(size)
-                continue
-            changed = 0
-            with writer:
-                for name, tensor, count in conversion.file(specs):
-                    writer.write(name, tensor)
-                    changed += count
-                    progress.update(conversion.specs[name].nbytes)
-            state.record(file, {"sha256": file_sha256(work / file), "changed": changed})
-    return {file: state.files[file] for file in files}
-
-
-def _copy_side_files(source: Path, work: Path) -> list[str]:
-    """Tokenizer, chat template, generation config and audio tokenizer of the source, and our modeling code."""
-    copied = sorted({p.name for pattern in COPIED for p in source.glob(pattern) if p.is_file()})
+def _copy_side_files(source: Source, work: Path) -> list[str]:
+    """Tokenizer, chat template, generation config and audio tokenizer of the source, and the modeling code."""
+    folder = source.folder
+    patterns = COPIED if source.family == "mimo" else (*COPIED, "*.py")
+    copied = sorted({p.name for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
     for name in copied:
-        shutil.copyfile(inside(source, name), work / name)
-    code = Path(models.__file__).parent
-    for name in REMOTE_CODE:
-        shutil.copyfile(code / name, work / name)
-    if (source / "audio_tokenizer").is_dir():
-        for path in sorted((source / "audio_tokenizer").rglob("*")):
+        shutil.copyfile(inside(folder, name), work / name)
+    if source.family == "mimo":
+        for name in REMOTE_CODE:
+            shutil.copyfile(Path(models.__file__).parent / name, work / name)
+    if (folder / "audio_tokenizer").is_dir():
+        for path in sorted((folder / "audio_tokenizer").rglob("*")):
             if path.is_file():
-                name = str(path.relative_to(source))
+                name = str(path.relative_to(folder))
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(inside(source, name), work / name)
+                shutil.copyfile(inside(folder, name), work / name)
     return copied
 
 
@@ -274,20 +163,32 @@ def _write_drafter(folder: Path, work: Path, geometry: Geometry) -> dict[str, in
     return {"tensors": len(specs), "bytes": totals(specs)[1]}
 
 
+def _drafter_of(source: Source, cfg: ConvertConfig) -> Path | None:
+    if source.family != "mimo":
+        if cfg.drafter:
+            raise ValueError(f"{cfg.drafter}: a DFlash drafter belongs to a MiMo-V2 target; leave --drafter out")
+        return None
+    return Path(cfg.drafter) if cfg.drafter else source.folder if (source.folder / "dflash").is_dir() else None
+
+
 def _command(cfg: ConvertConfig) -> str:
+    """The command, without what does not change a byte of the result."""
     given = [(f.name, getattr(cfg, f.name)) for f in fields(cfg) if getattr(cfg, f.name) != f.default]
-    return "mimo-qat convert " + " ".join(f"--{name} {value}" for name, value in given)
+    return "mimo-qat convert " + " ".join(f"--{name} {value}" for name, value in given if name != "workers")
 
 
-def _manifest(work: Path, cfg: ConvertConfig, records: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """conversion.json: what was done and the checksum of every file. No dates: the same run writes the same bytes."""
-    files = {}
+def _manifest(work: Path, cfg: ConvertConfig, jobs: dict[str, Job], facts: dict[str, Any]) -> None:
+    """conversion.json: what was done, the checksum of every file and of every tensor of the target. No dates: the
+    same run writes the same bytes."""
+    files, tensors = {}, {}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         name = str(path.relative_to(work))
-        digest = records[name]["sha256"] if name in records else file_sha256(path)
+        digest = jobs[name].record().sha256 if name in jobs else file_sha256(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    for job in jobs.values():
+        tensors |= job.record().digests
     document = {"command": _command(cfg), "commit": commit(), "versions": versions(), **facts, "files": files}
-    write_json(work / MANIFEST_FILE, document)
+    write_json(work / MANIFEST_FILE, document | {"tensor_sha256": dict(sorted(tensors.items()))})
 
 
 def _put_in_place(work: Path, out: Path) -> None:
@@ -300,41 +201,102 @@ def _put_in_place(work: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _summary(source: Source, target: Plan, drafter: Path | None) -> dict[str, Any]:
+    """Figures of a plan: what will be written, from what, and how."""
+    tensors, size = totals(target.specs)
+    experts = [n for n in target.specs if ".experts." in n]
+    weights = sum(len(header_bytes(m, PT_METADATA)) + sum(s.nbytes for s in m) for m in files_of(target.specs).values())
+    beside = 0
+    if drafter:
+        folder = drafter / "dflash" if (drafter / "dflash" / "config.json").is_file() else drafter
+        beside = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    return {
+        "source_format": {"experts": source.experts, "spine": source.spine, "mtp_layers": source.mtp_layers},
+        "dialect": target.dialect,
+        "rule": target.rule,
+        "tensors": tensors,
+        "bytes": size,
+        "weight_files": len(files_of(target.specs)),
+        "expert_tensors": len(experts),
+        "steps": dict(sorted(Counter(s.kind for s in target.steps).items())),
+        "bytes_needed": weights + beside + SPARE_BYTES,
+    }
+
+
+def _free(out: Path) -> int:
+    at = out.absolute().parent
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free
+
+
+def _dry_run(source: Source, target: Plan, drafter: Path | None, cfg: ConvertConfig) -> dict[str, Any]:
+    """The plan, from headers alone."""
+    facts = _summary(source, target, drafter)
+    read, size = totals(source.specs)
+    free = _free(Path(cfg.out or "."))
+    print(f"{source.folder}: {read:,} tensors, {size:,} B, experts {source.experts}, spine {source.spine}")
+    print(f"{target.dialect}: {facts['tensors']:,} tensors, {facts['bytes']:,} B in {facts['weight_files']} files")
+    for kind, count in facts["steps"].items():
+        print(f"  {kind:<12}{count:>9,}")
+    print(f"free space: {facts['bytes_needed'] / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB there")
+    sized = {file: sum(s.nbytes for s in members) for file, members in files_of(target.specs).items()}
+    return {"ok": True, "dry_run": True, **facts, "bytes_free": free, "source_bytes": size, "files": sized}
+
+
 @torch.no_grad()
 def main(cfg: ConvertConfig) -> dict[str, Any]:
     """Writes the release and returns its figures; ValueError names what in the source does not fit."""
+    if cfg.bench:
+        from mimo_qat.convert_bench import bench
+
+        return bench(cfg)
+    if not cfg.target or not (cfg.out or cfg.dry_run):
+        raise ValueError("nothing to convert; give --target FOLDER and --out FOLDER")
     out = Path(cfg.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not cfg.overwrite:
+    if not cfg.dry_run and out.exists() and (not out.is_dir() or any(out.iterdir())) and not cfg.overwrite:
         raise ValueError(f"{out} exists and is not empty; choose another --out, or give --overwrite true to replace it")
-    source = Checkpoint(cfg.target)
-    if out.resolve() == source.folder.resolve():
+    source = Source(cfg.target)
+    if not cfg.dry_run and out.resolve() == source.folder.resolve():
         raise ValueError(f"{out} is the target itself; choose another --out")
-    conversion = Conversion(source, cfg)
-    work = out.with_name(out.name + ".partial")
-    state = _State(work, _fingerprint(conversion))
-    records = _write_target(work, conversion, state)
-    rule = source.metadata.get("scale_rule", "unknown") if conversion.copies_experts else cfg.rule
-    metadata = {"save_format": "mxfp4", "tp_size": conversion.geometry.qkv_chunks, "scale_rule": rule}
-    write_index(work, conversion.specs, metadata)
-    write_json(work / "config.json", conversion.config)
-    copied = _copy_side_files(source.folder, work)
-    drafter = cfg.drafter or (cfg.target if (source.folder / "dflash").is_dir() else None)
-    draft = _write_drafter(Path(drafter), work, conversion.geometry) if drafter else None
-    tensors, size = totals(conversion.specs)
-    experts = [n for n in conversion.specs if ".mlp.experts." in n]
-    facts = {
-        "source_format": dict(zip(("experts", "spine", "mtp_layers"), source.format, strict=True)),
-        "rule": rule,
-        "spine": cfg.spine,
-        "tensors": tensors,
-        "bytes": size,
-        "expert_tensors": len(experts),
-        "expert_elements_changed": sum(r["changed"] for r in records.values()),
-        "drafter": draft,
-    }
-    _manifest(work, cfg, records, facts)
+    target = plan(source, cfg.dialect, cfg.rule, cfg.spine)
+    drafter = _drafter_of(source, cfg)
+    if cfg.dry_run:
+        return _dry_run(source, target, drafter, cfg)
+    return _convert(source, target, drafter, cfg)
+
+
+def _convert(source: Source, target: Plan, drafter: Path | None, cfg: ConvertConfig) -> dict[str, Any]:
+    out, facts = Path(cfg.out), _summary(source, target, drafter)
+    progress = _Progress(out, _fingerprint(source, target, cfg))
+    work, needed = progress.work, facts.pop("bytes_needed") - progress.present()
+    if needed > _free(out):
+        raise ValueError(
+            f"{out} needs {needed / 1e9:,.2f} GB more, {_free(out) / 1e9:,.2f} GB are free there; free space or choose "
+            "another --out"
+        )
+    jobs = progress.jobs(source, target, cfg)
+    run_jobs(list(jobs.values()), cfg.workers)
+    source.unchanged()
+    write_index(work, target.specs, target.metadata)
+    write_json(work / "config.json", target.config)
+    copied = _copy_side_files(source, work)
+    draft = _write_drafter(drafter, work, source.geometry) if drafter else None
+    counts = [job.record().changed for job in jobs.values()]
+    changed = None if all(c is None for c in counts) and source.experts == "fp8" else sum(c or 0 for c in counts)
+    facts |= {"spine": target_spine(target, cfg), "expert_elements_changed": changed, "drafter": draft}
+    _manifest(work, cfg, jobs, facts | {"source": source.revision()})
     _put_in_place(work, out)
-    state.path.unlink()
-    print(f"{out}: {tensors:,} tensors, {size / 1e9:.2f} GB; {len(experts):,} of them MXFP4 experts ({rule})")
-    print(f"expert elements that the grid changed: {facts['expert_elements_changed']:,}")
+    progress.end()
+    tensors, size = facts["tensors"], facts["bytes"]
+    print(
+        f"{out}: {tensors:,} tensors, {size / 1e9:.2f} GB; {facts['expert_tensors']:,} of routed experts, {target.rule}"
+    )
+    if changed is not None:
+        print(f"expert elements that the grid changed: {changed:,}")
     return {"ok": True, "out": str(out), **facts, "side_files": copied}
+
+
+def target_spine(target: Plan, cfg: ConvertConfig) -> str:
+    """Storage of the spine in the result."""
+    return cfg.spine if target.dialect == "mimo" else "bf16"

@@ -115,6 +115,16 @@ def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
     return iter(enumerate(rows))
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a MiMo-V2 checkpoint folder; nothing in the folder is executed."""
+    from transformers import AutoTokenizer
+
+    from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+
+    # With the configuration at hand transformers need not guess the model's type, and warn that it cannot.
+    return AutoTokenizer.from_pretrained(folder, config=MiMoV2Config.from_pretrained(folder))
+
+
 def tokenize_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """Token ids and a loss mask (1 on what an assistant says, or on all of a `text` row), cut at `max_length`.
 

@@ -108,7 +108,7 @@ def checked(folder: Path, cfg: PushConfig) -> dict[str, Any]:
 
     report = check(CheckConfig(folder=str(folder), samples=cfg.samples))
     if not report["ok"] and not cfg.force:
-        kinds = sorted({f["kind"] for f in report["findings"] if f["severity"] == "error"})
+        kinds = sorted({f["name"] for f in report["findings"] if f["severity"] == "error"})
         raise ValueError(
             f"{folder} fails `mimo-qat check` ({', '.join(kinds)}); repair what is listed above, "
             "or give --force true to push it as it is"

@@ -12,21 +12,21 @@ How it works
       seven byte compares, and every question of rounding, ties included, is settled once a threshold.
 
     The thresholds. Write s = sigma * 2**e with 1 <= sigma < 2. A byte b >= 8 is worth (1 + f/8) * 2**(E - 7) with
-    E = b >> 3 and f = b & 7, hence the weight is p[f] * 2**(E - 7 + e), where p[f] = fl((1 + f/8) * sigma) is in [1, 4).
+    E = b >> 3 and f = b & 7, so the weight is p[f] * 2**(E - 7 + e), where p[f] = fl((1 + f/8) * sigma) is in [1, 4).
     For a midpoint mu * 2**c with 1 <= mu < 2 let o = #{f: p[f] < 2 mu} + #{f: p[f] < mu}. The smallest byte with
     p[f] * 2**(E - 7 + e) >= mu * 2**(k + c) is o + 8 * (k + c - e + 6), or, where this is below 8, the corresponding
     E4M3 subnormal, rounded up. Ties go to the even index: 0.25, 1.25, 2.5 and 5 are not reached by an equal weight,
     so for them mu is the next float32; 0.75, 1.75 and 3.5 are. As 2.5 = 2 * 1.25 and so on, a tile has only four o.
 
-    Worked: s = 1, so p = 1, 1.125, ... 1.875. mu = 1.25 (exclusive): p < 2.5 eight times, p < 1.25+ three times, o = 11,
-    the position of 1.375 one octave up. With amax = 6, k = 0: byte 11 + 8 * (0 + 0 - 0 + 6) = 59 = 0x3B, and
-    0x3B is E = 7, f = 3: 1.375, the smallest E4M3 value above the midpoint 1.25.
+    Worked: s = 1, so p = 1, 1.125, ... 1.875. Not above mu = 1.25 are three of them, and not above 2 mu all eight:
+    o = 11. With amax = 6, k = 0: the byte is 11 + 8 * (0 + 0 - 0 + 6) = 59 = 0x3B, which is E = 7 and f = 3: 1.375,
+    the smallest E4M3 value above the midpoint 1.25.
 
 That needs products that are normal floats. Row blocks with a scale outside [2**-100, 2**100] (also 0), and the `mse`
 rule, which needs the errors themselves, take the two steps instead, a row block at a time.
 
-On a CPU the passes run in numpy: its byte compares are a third faster than torch's, and its calls cheaper. CUDA
-tensors go to `transcode_triton`. Given up: fused QKV chunks (`chunk_rows`; they stay FP8 in a release), bfloat16 scales.
+On a CPU the passes run in numpy: its calls cost less than torch's, and so do its byte operations on one thread. CUDA
+tensors go to `transcode_triton`. Given up: fused QKV chunks (`chunk_rows`; a release keeps them in FP8).
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,11 @@ MIDPOINTS = ((0, -2), (1, -1), (2, 0), (3, 0), (2, 1), (3, 1), (2, 2))
 NAN_MAGNITUDE = 127
 
 _CHUNK = 1 << 18  # weights a step of the CPU path: its four buffers of 256 KB stay in the second-level cache
-_ONES = 0x0101010101010101
-_LOWEST, _OCTAVES = -11, 20  # k - e of a group: amax is in [2**-9, 448 * 2) * 2**e, so f - 2 from -11 to 7, and the bump
+_ONES = np.uint64(0x0101010101010101)
+_SIGN, _MAGNITUDE, _MAGNITUDE_BYTE = (np.uint64(x) for x in (0x8080808080808080, 0x7F7F7F7F7F7F7F7F, 0x7F))
+_THREE, _FOUR, *_HALVES = (np.uint64(x) for x in (3, 4, 32, 16, 8))
+# k - e of a group: amax is in [2**-9, 448 * 2) * 2**e, which makes -11 to 7, and a rule's bump.
+_LOWEST, _OCTAVES = -11, 20
 
 
 @torch.no_grad()
@@ -66,60 +69,65 @@ def fp8_to_mxfp4(
     if not q.numel():
         return packed, scales
     q, scale_inv = q.contiguous(), scale_inv.contiguous()
-    if q.is_cuda and rule != "mse":
+    if not q.is_cuda:
+        _refuse(name, int((~torch.isfinite(scale_inv) | (scale_inv < 0)).sum()), 0)
+        _on_cpu(list(_parts(1 << 22, q, scale_inv, packed, scales)), rule, name)
+        return packed, scales
+    odd = 1
+    if rule != "mse":
         from . import transcode_triton
 
-        bad_scales, bad_codes, odd_scales = transcode_triton.transcode(q, scale_inv, rule, packed, scales)
+        bad_scales, bad_codes, odd = transcode_triton.transcode(q, scale_inv, rule, packed, scales)
         _refuse(name, bad_scales, bad_codes)
-        if not odd_scales:
-            return packed, scales
-    elif not torch.isfinite(scale_inv).all() or bool((scale_inv < 0).any()):
-        _refuse(name, int((~torch.isfinite(scale_inv) | (scale_inv < 0)).sum()), 0)
-    if q.is_cuda:
-        for part in _row_blocks(q, scale_inv, packed, scales):
-            _two_steps(*part, rule, name)
-    else:
-        _on_cpu(list(_row_blocks(q, scale_inv, packed, scales)), rule, name)
+    if odd:
+        for part in _parts(1 << 26, q, scale_inv, packed, scales):
+            if rule == "mse" or _is_odd(part[1]):
+                _two_steps(part, rule, name)
     return packed, scales
 
 
-# ---- one row block of tiles after the other
+# ---- some row blocks of tiles after the others
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, scale_inv, packed, scales: 2-D views
 
 
-def _row_blocks(*tensors: torch.Tensor) -> Iterator[_Part]:
-    """(q, scale_inv, packed, scales) of runs of whole row blocks: views of at most a few million weights."""
-    q = tensors[0]
-    blocks = max(1, (1 << 22) // (fp8.BLOCK * q.shape[-1]))
-    for stack in zip(*(t if t.ndim == 3 else (t,) for t in tensors), strict=True):
-        for b in range(0, stack[1].shape[0], blocks):
+def _parts(weights: int, *tensors: torch.Tensor) -> Iterator[_Part]:
+    """Whole row blocks of one expert, about that many weights at a time."""
+    blocks = max(1, weights // (fp8.BLOCK * tensors[0].shape[-1]))
+    for q, scale_inv, packed, scales in zip(*(t if t.ndim == 3 else (t,) for t in tensors), strict=True):
+        for b in range(0, scale_inv.shape[0], blocks):
             rows = slice(b * fp8.BLOCK, (b + blocks) * fp8.BLOCK)
-            yield stack[0][rows], stack[1][b : b + blocks], stack[2][rows], stack[3][rows]
+            yield q[rows], scale_inv[b : b + blocks], packed[rows], scales[rows]
 
 
-def _two_steps(
-    q: torch.Tensor, scale_inv: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rule: Rule, name: str
-) -> None:
-    bad = int(((q.view(torch.uint8) & 0x7F) == NAN_MAGNITUDE).sum())
-    _refuse(name, 0, bad)
+def _is_odd(scale_inv: torch.Tensor) -> bool:
+    low, high = scale_inv.aminmax()
+    return bool(low < LOWEST_SCALE or high > HIGHEST_SCALE)
+
+
+def _two_steps(part: _Part, rule: Rule, name: str) -> None:
+    q, scale_inv, packed, scales = part
+    _refuse(name, int((~torch.isfinite(scale_inv) | (scale_inv < 0)).sum()), _nan_codes(q))
     new_packed, new_scales = mxfp4.encode(fp8.dequantize(q, scale_inv, dtype=torch.float32, name=name), rule, name=name)
     packed.copy_(new_packed)
     scales.copy_(new_scales)
 
 
+def _nan_codes(q: torch.Tensor) -> int:
+    return int(((q.view(torch.uint8) & 0x7F) == NAN_MAGNITUDE).sum())
+
+
 def _on_cpu(parts: list[_Part], rule: Rule, name: str) -> None:
-    """numpy lets other threads run during an operation, so the row blocks are shared among torch's thread count."""
+    """numpy lets other threads run during an operation, so the parts are shared among as many threads as torch's."""
     workers = min(torch.get_num_threads(), len(parts))
 
     def work(worker: int) -> None:
-        scratch = _Scratch()
+        scratch: dict[int, _Scratch] = {}
         for part in parts[worker::workers]:
-            low, high = part[1].aminmax()
-            if rule == "mse" or low < LOWEST_SCALE or high > HIGHEST_SCALE:
-                _two_steps(*part, rule, name)
+            if rule == "mse" or _is_odd(part[1]):
+                _two_steps(part, rule, name)
             else:
-                _transcode(*part, rule, name, scratch)
+                _transcode(part, rule, name, scratch)
 
     if workers == 1:
         work(0)
@@ -157,7 +165,7 @@ def _tables(scale_inv: np.ndarray, rule: Rule) -> np.ndarray:
 
 
 def _byte_of_position() -> np.ndarray:
-    """uint8: the smallest byte at or above the position o + 8 * (k + c - e + 6), for positions from 8 * (_LOWEST + 4)."""
+    """uint8: the smallest byte at or above a position o + 8 * (k + c - e + 6), from position 8 * (_LOWEST + 4) on."""
     position = np.arange(8 * (_LOWEST + 4), 200)
     octaves = np.clip(1 - (position >> 3), 0, 4)  # below the smallest normal value; 4: no code lies that low but 0
     subnormal = (8 + (position & 7) + (1 << octaves) - 1) >> octaves
@@ -168,91 +176,79 @@ def _byte_of_position() -> np.ndarray:
 
 
 class _Scratch:
-    """The buffers of `_transcode` for g groups, kept from one call to the next."""
+    """Buffers for g groups of 32, and the views of them that the passes use: to make a view costs as much as a pass
+    over some thousand bytes. A group is a column of [4, g] words, 8 weights each. Then every loop is long, and what a
+    group's weights are compared with lies in order, too. Names: x8 = the bytes of the words x.
+    """
 
-    def __init__(self) -> None:
-        self.groups = 0
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        self.words, self.magnitudes, self.codes, self.flags = (np.empty((4, groups), np.uint64) for _ in range(4))
+        self.words8, self.magnitudes8, self.codes8, self.flags8 = (
+            x.view(np.uint8) for x in (self.words, self.magnitudes, self.codes, self.flags)
+        )
+        self.codes_bool, self.flags_bool = self.codes.view(np.bool_), self.flags.view(np.bool_)
+        self.group, self.other = np.empty(groups, np.uint64), np.empty(groups, np.uint64)
+        self.group8, self.other8 = self.group.view(np.uint8), self.other.view(np.uint8)
+        self.thresholds = np.empty((7, groups), np.uint64)
+        self.thresholds8 = self.thresholds.view(np.uint8)
+        self.bytes = np.empty((4, 4 * groups), np.uint8)
 
-    def resize(self, groups: int) -> None:
-        if groups != self.groups:
-            self.groups = groups
-            self.words, self.magnitudes, self.codes, self.flags = (np.empty((4, groups), np.uint64) for _ in range(4))
-            self.group, self.other = np.empty(groups, np.uint64), np.empty(groups, np.uint64)
-            self.index = np.empty(groups, np.int64)
-            self.thresholds = np.empty((7, groups), np.uint64)
-            self.bytes = np.empty((4, 4 * groups), np.uint8)
 
-
-def _transcode(
-    q: torch.Tensor,
-    scale_inv: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    rule: Rule,
-    name: str,
-    scratch: _Scratch,
-) -> None:
+def _transcode(part: _Part, rule: Rule, name: str, scratch: dict[int, _Scratch]) -> None:
     """A run of row blocks: q [rows, K], scale_inv [row blocks, tiles a row], and the two outputs, filled here."""
-    codes, out, out_scales = (t.view(torch.uint8).numpy() for t in (q, packed, scales))
+    codes, out, out_scales = (t.view(torch.uint8).numpy() for t in (part[0], part[2], part[3]))
     rows, columns = codes.shape
-    table = _tables(scale_inv.numpy(), rule).reshape(scale_inv.shape[0], -1)
-    base = np.arange(columns // mxfp4.BLOCK) // (fp8.BLOCK // mxfp4.BLOCK) * 128  # where a group's tile begins
+    table = _tables(part[1].numpy(), rule).reshape(part[1].shape[0], -1)
+    base = np.arange(columns // mxfp4.BLOCK) // (fp8.BLOCK // mxfp4.BLOCK) * 128  # a group's tile in the table
     step = fp8.BLOCK
     while step > 1 and step * columns > _CHUNK:
         step //= 2
-    for b in range(table.shape[0]):
-        end = min(rows, (b + 1) * fp8.BLOCK)
-        for r in range(b * fp8.BLOCK, end, step):
-            part = slice(r, min(r + step, end))
-            _chunk(codes[part], table[b], base, out[part], out_scales[part], name, scratch)
+    for r in range(0, rows, step):
+        some = slice(r, min(r + step, rows))
+        groups = (some.stop - r) * len(base)
+        if groups not in scratch:
+            scratch[groups] = _Scratch(groups)
+        x = scratch[groups]
+        np.copyto(x.words, codes[some].view(np.uint64).reshape(groups, 4).T)
+        _largest_bytes(x)
+        if x.group.max() == NAN_MAGNITUDE:
+            _refuse(name, 0, _nan_codes(part[0]))
+        index = (x.group.view(np.int64).reshape(-1, len(base)) + base).reshape(-1)
+        np.take(table[r // fp8.BLOCK], index, out=x.group, mode="clip")
+        np.copyto(out_scales[some].reshape(-1), x.group8[7::8])
+        _codes(x)
+        packed = out[some].view(np.uint32).reshape(groups, 4)
+        for i, word in enumerate(x.bytes.view(np.uint32)):
+            packed[:, i] = word
 
 
-def _chunk(
-    codes: np.ndarray,
-    table: np.ndarray,
-    base: np.ndarray,
-    out: np.ndarray,
-    out_scales: np.ndarray,
-    name: str,
-    x: _Scratch,
-) -> None:
-    """Some rows of one row block. Everything is [4, groups] words of 8 weights, so that every loop is long and its
-    per-group operand contiguous; the two transposed copies at the ends are cheaper than one broadcast."""
-    groups = codes.size // mxfp4.BLOCK
-    x.resize(groups)
-    np.copyto(x.words, codes.view(np.uint64).reshape(groups, 4).T)
-    np.bitwise_and(x.words, np.uint64(0x7F * _ONES), out=x.magnitudes)
-    magnitudes, flags = x.magnitudes.view(np.uint8), x.flags.view(np.uint8)
-    np.maximum(magnitudes[:2], magnitudes[2:], out=flags[:2])
-    np.maximum(flags[0], flags[1], out=x.group.view(np.uint8))
-    for shift in (32, 16, 8):
-        np.right_shift(x.group, np.uint64(shift), out=x.other)
-        np.maximum(x.group.view(np.uint8), x.other.view(np.uint8), out=x.group.view(np.uint8))
-    np.bitwise_and(x.group, np.uint64(0x7F), out=x.group)
-    if x.group.max() == NAN_MAGNITUDE:
-        _refuse(name, 0, int((magnitudes == NAN_MAGNITUDE).sum()))
-    np.add(x.group.view(np.int64).reshape(-1, len(base)), base, out=x.index.reshape(-1, len(base)))
-    np.take(table, x.index, out=x.group, mode="clip")
-    np.copyto(out_scales.reshape(-1), x.group.view(np.uint8)[7::8])
+def _largest_bytes(x: _Scratch) -> None:
+    """words -> magnitudes, and the largest of the 32 magnitude bytes of a group in `group`."""
+    np.bitwise_and(x.words, _MAGNITUDE, out=x.magnitudes)
+    np.maximum(x.magnitudes8[:2], x.magnitudes8[2:], out=x.flags8[:2])
+    np.maximum(x.flags8[0], x.flags8[1], out=x.group8)
+    for shift in _HALVES:
+        np.right_shift(x.group, shift, out=x.other)
+        np.maximum(x.group8, x.other8, out=x.group8)
+    np.bitwise_and(x.group, _MAGNITUDE_BYTE, out=x.group)
 
-    # A threshold, a byte of the table's word, eight times side by side.
-    np.copyto(x.thresholds, x.group.view(np.uint8).reshape(groups, 8)[:, :7].T)
-    np.multiply(x.thresholds, np.uint64(_ONES), out=x.thresholds)
-    thresholds, bools, found = x.thresholds.view(np.uint8), flags.view(np.bool_), x.codes.view(np.uint8)
-    np.greater_equal(magnitudes, thresholds[0], out=found.view(np.bool_))
-    for j in range(1, 7):
-        np.greater_equal(magnitudes, thresholds[j], out=bools)
-        np.add(found, flags, out=found)
-    np.bitwise_or(thresholds[0], 0x80, out=thresholds[0])
-    np.greater_equal(x.words.view(np.uint8), thresholds[0], out=bools)  # negative and not rounded to 0
-    np.left_shift(x.flags, np.uint64(3), out=x.flags)
+
+def _codes(x: _Scratch) -> None:
+    """words, magnitudes and table words in `group` -> packed codes in `bytes`."""
+    np.copyto(x.thresholds, x.group8.reshape(-1, 8)[:, :7].T)
+    np.multiply(x.thresholds, _ONES, out=x.thresholds)  # a byte eight times side by side
+    np.greater_equal(x.magnitudes8, x.thresholds8[0], out=x.codes_bool)
+    for threshold in x.thresholds8[1:]:
+        np.greater_equal(x.magnitudes8, threshold, out=x.flags_bool)
+        np.add(x.codes8, x.flags8, out=x.codes8)
+    np.bitwise_or(x.thresholds[0], _SIGN, out=x.thresholds[0])
+    np.greater_equal(x.words8, x.thresholds8[0], out=x.flags_bool)  # negative and not rounded to 0
+    np.left_shift(x.flags, _THREE, out=x.flags)
     np.bitwise_or(x.codes, x.flags, out=x.codes)
-    np.right_shift(x.codes, np.uint64(4), out=x.flags)  # the odd element's code, above the even one's
+    np.right_shift(x.codes, _FOUR, out=x.flags)  # the odd element's code, above the even one's
     np.bitwise_or(x.codes, x.flags, out=x.codes)
-    np.copyto(x.bytes, x.codes.view(np.uint16), casting="unsafe")  # little endian: the lower byte
-    packed = out.view(np.uint32).reshape(groups, 4)
-    for i, word in enumerate(x.bytes.view(np.uint32)):
-        packed[:, i] = word
+    np.copyto(x.bytes, x.codes.view(np.uint16), casting="unsafe")  # keeps the lower byte of the two (little endian)
 
 
 # ---- refusals

@@ -26,7 +26,8 @@ from mimo_qat.checkpoint.geometry import (
     read_json,
 )
 
-Experts = Literal["mxfp4", "fp8", "bf16"]
+# "mxfp4-packed": the same bytes as "mxfp4" under the names of compressed-tensors (weight_packed).
+Experts = Literal["mxfp4", "mxfp4-packed", "fp8", "bf16"]
 Spine = Literal["fp8", "bf16"]
 
 DTYPE_BYTES = {"U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4}
@@ -71,8 +72,8 @@ class _Table:
 
     def linear(self, name: str, rows: int, cols: int, fmt: str, chunks: int = 1) -> None:
         """A weight [rows, cols]; FP8 block scales restart at each of `chunks` equal row chunks."""
-        if fmt == "mxfp4":
-            self.put(name + ".weight", "U8", rows, cols // 2)
+        if fmt in ("mxfp4", "mxfp4-packed"):
+            self.put(name + (".weight" if fmt == "mxfp4" else ".weight_packed"), "U8", rows, cols // 2)
             self.put(name + ".weight_scale", "U8", rows, cols // MX_BLOCK)
         elif fmt == "fp8":
             blocks = chunks * math.ceil(rows // chunks / FP8_BLOCK)
@@ -138,11 +139,12 @@ def target_tensors(
     """Published name -> TensorSpec of the text model and its MTP blocks, in model order.
 
     `mtp_layers` defaults to the config's num_nextn_predict_layers, else 0 (the published V2.5-Pro has 3 blocks but
-    not the key). All-BF16 tensors get Hugging Face shard names, everything else the release's expert-parallel ones.
+    not the key). BF16 and compressed-tensors checkpoints get Hugging Face shard names, everything else the release's
+    expert-parallel ones.
     ValueError where the geometry cannot be stored in the asked format.
     """
     g = Geometry.from_config(config)
-    if experts == "mxfp4" and any(layer.moe for layer in g.layers):
+    if experts.startswith("mxfp4") and any(layer.moe for layer in g.layers):
         for key, size in (("hidden_size", g.hidden_size), ("moe_intermediate_size", g.moe_intermediate_size)):
             if size % MX_BLOCK:
                 raise ValueError(
@@ -167,7 +169,7 @@ def target_tensors(
             table.file = f"model_pp0_ep{e // per_file}_shard0.safetensors"
             table.mlp(f"{prefix}mlp.experts.{e}.", g.hidden_size, g.moe_intermediate_size, experts)
     table.mtp(g, g.mtp_layers if mtp_layers is None else mtp_layers, spine)
-    return hf_shards(table.specs) if experts == spine == "bf16" else table.specs
+    return hf_shards(table.specs) if spine == "bf16" and experts in ("bf16", "mxfp4-packed") else table.specs
 
 
 def drafter_tensors(draft_config: Config) -> dict[str, TensorSpec]:
@@ -202,16 +204,24 @@ def drafter_tensors(draft_config: Config) -> dict[str, TensorSpec]:
 def hf_shards(
     specs: Mapping[str, TensorSpec], max_bytes: int = HF_SHARD_BYTES, stem: str = "model"
 ) -> dict[str, TensorSpec]:
-    """`specs` in their order, cut into files STEM-00001-of-0000N.safetensors of at most `max_bytes` payload each."""
-    parts: list[int] = []
-    part, filled = 0, 0
+    """`specs` in their order, cut into files STEM-00001-of-0000N.safetensors of at most `max_bytes` payload each.
+
+    A scale stays in the file of the codes before it.
+    """
+    groups: dict[str, list[TensorSpec]] = {}
     for spec in specs.values():
-        if filled and filled + spec.nbytes > max_bytes:
+        base = spec.name.removesuffix("_inv").removesuffix("_scale").removesuffix("_packed")
+        groups.setdefault(base, []).append(spec)
+    parts: dict[str, int] = {}
+    part, filled = 0, 0
+    for members in groups.values():
+        size = sum(spec.nbytes for spec in members)
+        if filled and filled + size > max_bytes:
             part, filled = part + 1, 0
-        parts.append(part)
-        filled += spec.nbytes
+        parts |= {spec.name: part for spec in members}
+        filled += size
     names = [f"{stem}-{i + 1:05d}-of-{part + 1:05d}.safetensors" for i in range(part + 1)]
-    return {n: replace(s, file=names[p]) for (n, s), p in zip(specs.items(), parts, strict=True)}
+    return {n: replace(s, file=names[parts[n]]) for n, s in specs.items()}
 
 
 def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -286,7 +296,8 @@ def detect_format(specs: Mapping[str, TensorSpec]) -> tuple[Experts, Spine, int]
 
     ValueError where there is no routed expert, or where a dtype belongs to no dialect.
     """
-    expert = next((s for n, s in specs.items() if ".mlp.experts." in n and n.endswith(".weight")), None)
+    ends = (".weight", ".weight_packed")
+    expert = next((s for n, s in specs.items() if ".mlp.experts." in n and n.endswith(ends)), None)
     if expert is None:
         raise ValueError("no routed expert tensor matched (model.layers.L.mlp.experts.E.gate_proj.weight ...); "
                          "this is not a MiMo-V2 checkpoint, or its names were changed")  # fmt: skip
@@ -298,6 +309,8 @@ def detect_format(specs: Mapping[str, TensorSpec]) -> tuple[Experts, Spine, int]
         fault = f"{where.name} is stored as {where.dtype}" if where else "there is no attention projection"
         raise ValueError(f"{fault}: no known dialect (experts MXFP4, FP8 or BF16; spine FP8 or BF16); export it again")
     mtp = {n.split(".")[3] for n in specs if n.startswith(MTP_PREFIX + "layers.")}
+    if expert.name.endswith(ends[1]):
+        formats["U8"] = "mxfp4-packed"
     return formats[expert.dtype], formats[spine.dtype], len(mtp)  # type: ignore[return-value]
 
 
@@ -306,9 +319,10 @@ def differences(
 ) -> dict[str, list[str]]:
     """What keeps `found` from holding every expected tensor exactly once: {"missing", "unknown", "shape", "dtype"}.
 
-    Each list holds one-line descriptions. `dtypes=False` lets BF16, F16 and F32 stand for each other.
+    Each list holds one-line descriptions. `dtypes=False` lets BF16, F16 and F32 stand for each other,
+    and for U8 in MXFP4 scales, where a reader tells them apart by that dtype.
     """
-    floats = {"BF16", "F16", "F32"}
+    floats, scales = {"BF16", "F16", "F32"}, {"U8", "F8_E8M0", "BF16", "F16", "F32"}
     out: dict[str, list[str]] = {"missing": [], "unknown": [], "shape": [], "dtype": []}
     out["missing"] = [name for name in expected if name not in found]
     out["unknown"] = [name for name in found if name not in expected and not name.startswith(TOWER_PREFIXES)]
@@ -318,7 +332,8 @@ def differences(
             continue
         if have.shape != want.shape:
             out["shape"].append(f"{name} is {list(have.shape)}, expected {list(want.shape)}")
-        if have.dtype != want.dtype and (dtypes or not {have.dtype, want.dtype} <= floats):
+        alike = scales if name.endswith(".weight_scale") else floats
+        if have.dtype != want.dtype and (dtypes or not {have.dtype, want.dtype} <= alike):
             out["dtype"].append(f"{name} is {have.dtype}, expected {want.dtype}")
     return out
 

@@ -6,22 +6,20 @@ path must stay inside the folder, every header is bounded and validated, and eve
 """
 
 import re
-import struct
 import sys
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mimo_kernels import fp8, mxfp4
-from mimo_qat.checkpoint.geometry import MAX_JSON_BYTES, drop_trailing_commas, parse_json, read_text
+from mimo_qat.checkpoint.folder import TensorFolder
+from mimo_qat.checkpoint.geometry import drop_trailing_commas, parse_json, read_text
 from mimo_qat.checkpoint.layout import (
     DRAFTER_FILE,
-    DTYPE_BYTES,
     MTP_PREFIX,
     TOWER_PREFIXES,
     Config,
@@ -35,139 +33,21 @@ from mimo_qat.checkpoint.layout import (
     target_tensors,
 )
 
-INDEX_FILE = "model.safetensors.index.json"
 MASK_FILE = "mask_embedding.pt"
 MAX_MASK_BYTES = 2**24
-TORCH_DTYPES = {
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 _QKV = re.compile(r"model\.(mtp\.)?layers\.(\d+)\.self_attn\.qkv_proj$")
 
 
-def inside(folder: Path, name: Any) -> Path:
-    """The file `name` of `folder`; ValueError where the name or a link in it leads out.
-
-    A folder of the Hugging Face hub cache links to the blobs of its own repository, which is allowed.
-    """
-    if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{folder}: the index names the file {name!r}; only paths inside the folder are read")
-    root, path = folder.resolve(), (folder / name).resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.is_relative_to(r) for r in roots):
-        raise ValueError(f"{folder / name} is a link that leads out of the folder; put the file itself there")
-    return folder / name
-
-
-def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """({name: TensorSpec with this `file`}, metadata) from the header of a safetensors file, whose offsets and size
-    safetensors itself validates. ValueError names the file and the fault."""
-    if not path.is_file():
-        raise ValueError(f"{path} is named by the index but does not exist; fetch or write that file again")
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        prefix = f.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(MAX_JSON_BYTES, size - 8):
-            raise ValueError(f"{path} is not a safetensors file or was cut off in its header; fetch it again")
-        raw = f.read(length)
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); fetch or write it again") from None
-    header = parse_json(raw.decode("utf-8"), f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPE_BYTES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which no release uses; export it again")
-    return {n: TensorSpec(n, e["dtype"], tuple(e["shape"]), file) for n, e in header.items()}, metadata
-
-
-class TensorFolder:
-    """The tensors of a folder, by name; data is mapped from the files on request.
-
-    `index` is the parsed index, or {} for a folder with one file of `lone_files` and no index.
-    """
-
-    def __init__(self, folder: str | Path, lone_files: tuple[str, ...] = ("model.safetensors",)):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder; give the folder that holds config.json and the weights")
-        self.index: dict[str, Any] = {}
-        self.specs: dict[str, TensorSpec] = {}
-        self._handles: dict[str, Any] = {}
-        if (self.folder / INDEX_FILE).is_file():
-            self.index = read_json(self.folder / INDEX_FILE)
-            self._read_indexed()
-            return
-        lone = next((f for f in lone_files if (self.folder / f).is_file()), None)
-        if lone is None:
-            raise ValueError(f"{self.folder} has neither {INDEX_FILE} nor {lone_files[0]}; fetch the index")
-        self.specs, _ = read_header(inside(self.folder, lone), lone)
-
-    def _read_indexed(self) -> None:
-        weight_map = self.index.get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(f, str) for f in weight_map.values())
-        ):
-            raise ValueError(
-                f"{self.folder / INDEX_FILE} has no weight_map of tensor names to files; fetch or write the index again"
-            )
-        found: dict[str, TensorSpec] = {}
-        for file in dict.fromkeys(weight_map.values()):
-            header, _ = read_header(inside(self.folder, file), file)
-            for name, spec in header.items():
-                if name in found:
-                    raise ValueError(
-                        f"{self.folder}: {name} is in {found[name].file} and in {file}; "
-                        "keep one and write the index again"
-                    )
-                if name not in weight_map:
-                    raise ValueError(
-                        f"{self.folder / file} holds {name}, which the index does not name; write the index again"
-                    )
-                found[name] = spec
-        for name, file in weight_map.items():
-            if name not in found or found[name].file != file:
-                raise ValueError(
-                    f"{self.folder}: the index places {name} in {file}, which does not hold it; "
-                    "write the index again or fetch that file again"
-                )
-        self.specs = {name: found[name] for name in weight_map}
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The index's metadata: save_format, tp_size, total_size, scale_rule; {} without an index."""
-        found = self.index.get("metadata")
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def names(self) -> list[str]:
-        """Tensor names in the order of the index."""
-        return list(self.specs)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.specs
-
-    def spec(self, name: str) -> TensorSpec:
-        """TensorSpec of a stored tensor; ValueError names one that is not there."""
-        if name not in self.specs:
-            raise ValueError(f"{self.folder} holds no tensor {name}; compare the folder with `mimo-qat layout --list`")
-        return self.specs[name]
-
-    def raw(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, on the CPU."""
-        file = self.spec(name).file
-        if file not in self._handles:
-            self._handles[file] = safe_open(inside(self.folder, file), framework="pt")
-        return self._handles[file].get_tensor(name)
+def e8m0_bytes(scale: torch.Tensor, name: str) -> torch.Tensor:
+    """uint8 exponents of an MXFP4 scale tensor stored as U8, E8M0 or floats (the powers of two themselves)."""
+    if scale.dtype == torch.uint8:
+        return scale
+    if scale.dtype == torch.float8_e8m0fnu:
+        return scale.view(torch.uint8)
+    mantissa, exponent = torch.frexp(scale.float())
+    if not (mantissa == 0.5).all():
+        raise ValueError(f"{name} holds floats that are no powers of two; MXFP4 needs E8M0 scales, export it again")
+    return (exponent + 126).to(torch.uint8)
 
 
 class Checkpoint(TensorFolder):
@@ -211,7 +91,7 @@ class Checkpoint(TensorFolder):
         The format comes from the stored dtype and from the scale beside the weight, never from config lists.
         """
         base = name.removesuffix(".weight")
-        stored = base + ".weight" if base + ".weight" in self.specs else name
+        stored = next((base + end for end in (".weight", ".weight_packed") if base + end in self.specs), name)
         tensor = self.raw(stored)
         if base + ".weight_scale" in self.specs:
             return mxfp4.decode(tensor, self.scale_bytes(base), dtype, name=base)
@@ -225,15 +105,7 @@ class Checkpoint(TensorFolder):
         """E8M0 bytes [N, K/32] of an MXFP4 weight. The stored dtype alone decides how to read them: U8 and E8M0 are
         exponents, floats are the powers of two themselves."""
         name = base + ".weight_scale"
-        scale = self.raw(name)
-        if scale.dtype == torch.uint8:
-            return scale
-        if scale.dtype == torch.float8_e8m0fnu:
-            return scale.view(torch.uint8)
-        mantissa, exponent = torch.frexp(scale.float())
-        if not (mantissa == 0.5).all():
-            raise ValueError(f"{name} holds floats that are no powers of two; MXFP4 needs E8M0 scales, export it again")
-        return (exponent + 126).to(torch.uint8)
+        return e8m0_bytes(self.raw(name), name)
 
     def chunk_rows(self, name: str) -> int | None:
         """Rows after which the FP8 block grid of `name` restarts; None for anything but a fused QKV."""
@@ -287,6 +159,14 @@ def read_draft_config(path: Path) -> Config:
         config = parse_json(drop_trailing_commas(text), str(path))
         warnings.warn(f"{path} has a trailing comma, which is not JSON; write it again with a serialiser", stacklevel=2)
         return config
+
+
+def mask_token_of(path: Path) -> Any:
+    """The token id that a mask embedding says it is for; None where the file cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["mask_token_id"]
+    except Exception:  # whatever is wrong with it, `read_mask_embedding` says so
+        return None
 
 
 def read_mask_embedding(path: Path, hidden_size: int, mask_token_id: int, vocab_size: int) -> torch.Tensor:
@@ -377,6 +257,7 @@ def load_model_with_report(
     from transformers import GenerationConfig
 
     from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+    from mimo_qat.models.cpu_experts import use_bucketed_experts
     from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 
     checkpoint = Checkpoint(folder)
@@ -394,6 +275,8 @@ def load_model_with_report(
     assert not left, f"not filled: {left[:3]}"
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
+        use_bucketed_experts(model)
     return model.eval(), report
 
 
@@ -404,7 +287,8 @@ def _fill(checkpoint: Checkpoint, slots: list[str], dtype: torch.dtype, device: 
 
     def take(*bases: str) -> None:
         for base in bases:
-            stored = {base, *(base + end for end in (".weight", ".weight_scale", ".weight_scale_inv"))} & set_of_names
+            ends = (".weight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+            stored = {base, *(base + end for end in ends)} & set_of_names
             assert stored and not stored & used, f"{base}: used twice or absent"
             used.update(stored)
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from mimo_qat.checkpoint.folder import INDEX_FILE, TORCH_DTYPES
 from mimo_qat.checkpoint.geometry import DraftGeometry, release_drafter_config
+from mimo_qat.checkpoint.journal import Journal
 from mimo_qat.checkpoint.layout import (
     HF_SHARD_BYTES,
     Config,
@@ -28,7 +30,7 @@ from mimo_qat.checkpoint.layout import (
     target_tensors,
     totals,
 )
-from mimo_qat.checkpoint.reader import INDEX_FILE, MASK_FILE, TORCH_DTYPES
+from mimo_qat.checkpoint.reader import MASK_FILE
 from mimo_qat.provenance import atomic_write, write_json
 
 MANIFEST_FILE = "conversion.json"
@@ -36,6 +38,18 @@ PT_METADATA = {"format": "pt"}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Source = torch.Tensor | Callable[[], torch.Tensor]
+
+
+def _sha256(descriptor: int, offset: int, size: int) -> str:
+    """SHA-256 of a part of an open file, in hex."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, 2**23)))
+    while size:
+        done = os.preadv(descriptor, [buffer[: min(size, len(buffer))]], offset)
+        if not done:
+            return ""
+        digest.update(buffer[:done])
+        offset, size = offset + done, size - done
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -49,9 +63,18 @@ class FileWriter:
 
     The file takes its name when the context ends without an error and every tensor was written; otherwise nothing
     is left. `specs` may come in any order: the file has safetensors' own.
+
+    With a `journal` path the unfinished file stays instead, beside a record of the tensors that are whole, which
+    `commit` extends. The next writer of that file hashes those again and goes on with the others.
     """
 
-    def __init__(self, path: Path, specs: list[TensorSpec], metadata: Mapping[str, str] | None = PT_METADATA):
+    def __init__(
+        self,
+        path: Path,
+        specs: list[TensorSpec],
+        metadata: Mapping[str, str] | None = PT_METADATA,
+        journal: Path | None = None,
+    ):
         ordered = files_of({s.name: s for s in specs})
         if len(ordered) != 1 or len({s.name for s in specs}) != len(specs):
             raise ValueError(f"{path}: the tensors given are not those of one file, each once; split them by file")
@@ -66,7 +89,13 @@ class FileWriter:
             end += spec.nbytes
         self.size = end
         self._left = set(self._specs)
+        self._cursor: dict[str, int] = {}
+        self._hashes: dict[str, Any] = {}
         self._descriptor: int | None = None
+        self._journal = Journal(journal, self._header) if journal else None
+        self._whole: Any = None
+        """hash of the file so far, while every byte came in file order"""
+        self._end = 0
 
     def is_complete(self) -> bool:
         """Whether the file is there already, with this header and this size."""
@@ -76,30 +105,85 @@ class FileWriter:
             return f.read(len(self._header)) == self._header
 
     def __enter__(self) -> "FileWriter":
-        self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        keep = 0 if self._journal else os.O_TRUNC
+        self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | keep, 0o666)
+        self._whole, self._end = hashlib.sha256() if self._journal else None, 0
+        if self._journal:
+            self._journal.open()
+            self._left -= self._kept()
+        if len(self._left) == len(self._specs):
+            os.truncate(self._descriptor, 0)
         os.truncate(self._descriptor, self.size)
         self._put(self._header, 0)
         return self
 
+    def _kept(self) -> set[str]:
+        """Tensors of the journal whose bytes in the unfinished file are those that it records."""
+        assert self._journal and self._descriptor is not None
+        if os.fstat(self._descriptor).st_size != self.size:
+            self._journal.keep(set())
+            return set()
+        whole = set()
+        for name, digest in self._journal.digests.items():
+            offset, size = self._offsets[name], self._specs[name].nbytes
+            if _sha256(self._descriptor, offset, size) == digest:
+                whole.add(name)
+        self._journal.keep(whole)
+        return set(self._journal.digests)
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Names of the tensors that are not written yet."""
+        return frozenset(self._left)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes one tensor; ValueError where its name, dtype or shape is not that of the layout, or it came before."""
-        if name not in self._left:
-            fault = "was written before" if name in self._specs else "is not in the layout of this file"
-            raise ValueError(f"{self.path}: tensor {name} {fault}; give each tensor of the layout once")
-        spec = self._specs[name]
+        spec = self._expected(name)
         have = (_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         if have != (spec.dtype, spec.shape):
             raise ValueError(
                 f"{self.path}: {name} is {have[0]} {list(have[1])}, the layout says {spec.dtype} {list(spec.shape)}; "
                 "convert the tensor, or correct the config that the layout came from"
             )
-        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-        self._put(data.numpy().data, self._offsets[name])
-        self._left.remove(name)
+        self.append(name, tensor)
+
+    def append(self, name: str, part: torch.Tensor | memoryview) -> None:
+        """Writes the next rows (or raw bytes) of a tensor; the last of them make it whole."""
+        spec = self._expected(name)
+        if isinstance(part, torch.Tensor):
+            assert _NAMES.get(part.dtype) == spec.dtype, f"{name} is {part.dtype}, the layout says {spec.dtype}"
+            part = part.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+        view = memoryview(part)
+        done = self._cursor.get(name, 0)
+        assert done + len(view) <= spec.nbytes, f"{name} got more than its {spec.nbytes} bytes"
+        self._put(view, self._offsets[name] + done)
+        self._cursor[name] = done + len(view)
+        if self._journal:
+            self._hashes.setdefault(name, hashlib.sha256()).update(view)
+        if self._cursor[name] == spec.nbytes:
+            self._left.remove(name)
+
+    def _expected(self, name: str) -> TensorSpec:
+        if name not in self._left:
+            fault = "was written before" if name in self._specs else "is not in the layout of this file"
+            raise ValueError(f"{self.path}: tensor {name} {fault}; give each tensor of the layout once")
+        return self._specs[name]
+
+    def commit(self, changed: int | None = None) -> None:
+        """Records the tensors that became whole since the last call; `changed` is summed up over all calls."""
+        assert self._journal and self._descriptor is not None
+        whole = {n: h.hexdigest() for n, h in self._hashes.items() if n not in self._left}
+        self._hashes = {n: h for n, h in self._hashes.items() if n in self._left}
+        self._journal.add(whole, changed, sum(self._specs[n].nbytes for n in whole), self._descriptor)
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         assert self._descriptor is not None, "used outside its context"
         view = memoryview(data)
+        if self._whole is not None and offset == self._end:
+            self._whole.update(view)
+            self._end += len(view)
+        else:
+            self._whole = None
         while view:
             done = os.pwrite(self._descriptor, view, offset)
             view, offset = view[done:], offset + done
@@ -108,16 +192,27 @@ class FileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
+        whole = kind is None and not self._left
         try:
-            if kind is None and not self._left:
+            if whole:
                 os.fsync(self._descriptor)
+                if self._journal:
+                    if not self.temporary.exists() or not os.path.samestat(
+                        os.fstat(self._descriptor), self.temporary.stat()
+                    ):
+                        raise ValueError(f"{self.temporary} was taken away by another conversion; run one at a time")
+                    digest = self._whole.hexdigest() if self._whole else _sha256(self._descriptor, 0, self.size)
+                    self._journal.finish(digest)
         finally:
             os.close(self._descriptor)
             self._descriptor = None
-        if kind is None and not self._left:
+            if self._journal:
+                self._journal.close()
+        if whole:
             os.replace(self.temporary, self.path)
             return
-        self.temporary.unlink(missing_ok=True)
+        if not self._journal:
+            self.temporary.unlink(missing_ok=True)
         if kind is None:
             self.refuse_gaps()
 

@@ -5,6 +5,7 @@ target's own answers, under the chat template and temperature of serving. Loopin
 acceptance and teach nothing.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class AnswerConfig:
     output: str
     """.jsonl file to write"""
     limit: int | None = None
-    """answer only the first rows (in an order that a hash of the prompt and `seed` gives)"""
+    """answer only so many rows, drawn by `seed`"""
     max_new_tokens: int = 512
     """longest answer in tokens; longer ones are cut and kept"""
     max_prompt_length: int = 2048
@@ -132,9 +133,11 @@ def main(config: AnswerConfig) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from mimo_qat.checkpoint.reader import load_model
-    from mimo_qat.data import read_rows, split_rows, write_rows
+    from mimo_qat.data import read_rows, write_rows
 
-    rows, _ = split_rows(read_rows(config.prompts), 0.0, config.seed)
+    rows = read_rows(config.prompts)
+    # Not by the hash of `split_rows`: its first rows are the ones that a later split holds out.
+    random.Random(config.seed).shuffle(rows)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     prompts = questions(rows[: config.limit])
     fits = [len(ids) <= config.max_prompt_length for ids in prompt_ids(tokenizer, prompts)]

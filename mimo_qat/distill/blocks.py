@@ -9,6 +9,8 @@ Shape letters: B rows, S tokens, N anchors, b block size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -134,21 +136,20 @@ def dense_mask(blocks: Blocks, block_size: int, rule: Rule) -> torch.Tensor:
     return mask_rule(blocks, block_size, rule)(b, None, q, kv)[:, None]
 
 
-def block_sparse_mask(blocks: Blocks, block_size: int, rule: Rule):
-    """The same rule as a flex-attention BlockMask: memory grows with tiles of 128 x 128, not with N*b * (S + N*b)."""
+@cache
+def _compiled_block_mask() -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, anchors = blocks.anchors.shape
+    return torch.compile(create_block_mask, dynamic=False)
+
+
+def block_sparse_mask(blocks: Blocks, block_size: int, rule: Rule) -> Any:
+    """The same rule as a flex-attention BlockMask: memory grows with tiles of 128 x 128, not with N*b * (S + N*b)."""
+    rows, anchors = blocks.anchors.shape
     queries = anchors * block_size
-    return create_block_mask(
-        mask_rule(blocks, block_size, rule),
-        batch,
-        None,
-        queries,
-        blocks.doc_ids.shape[1] + queries,
-        device=str(blocks.anchors.device),
-        _compile=True,
-    )
+    keys = blocks.doc_ids.shape[1] + queries
+    rule_mod = mask_rule(blocks, block_size, rule)
+    return _compiled_block_mask()(rule_mod, rows, None, queries, keys, device=str(blocks.anchors.device))
 
 
 def attention_masks(blocks: Blocks, block_size: int, rules: set[Rule]) -> dict:

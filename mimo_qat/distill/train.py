@@ -115,6 +115,8 @@ class DistillConfig:
     """keep the taps of every row in memory after its first use: rows x max_length x taps x hidden x 2 bytes"""
     bf16: bool = True
     """compute in bfloat16 with float32 masters; else all float32"""
+    use_cpu: bool = False
+    """train on the CPU even where there is a GPU"""
 
     logging_steps: int = 10
     """steps between lines of metrics.jsonl"""
@@ -208,13 +210,17 @@ def draft_rows(drafter: Any, embed: Any, input_ids: torch.Tensor, blocks: Blocks
     return hidden.unflatten(1, (-1, size))[:, :, 1:]
 
 
+def on_cpu(config: DistillConfig) -> bool:
+    """Said to accelerate outright: it ignores the ranks of a CPU launch otherwise."""
+    return config.use_cpu or not torch.accelerator.is_available()
+
+
 class Distiller:
     """The training loop's state: target, drafter, optimizer, packed rows [R, S], counters."""
 
     def __init__(self, config: DistillConfig, target: Any, drafter: DFlashDraftModel, rows: Batch, held_out: Batch):
         trackers = None if config.report_to == "none" else config.report_to
-        cpu = not torch.accelerator.is_available()  # without this accelerate ignores the ranks of a CPU launch
-        self.accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=config.output_dir)
+        self.accelerator = Accelerator(cpu=on_cpu(config), log_with=trackers, project_dir=config.output_dir)
         self.config, self.rows, self.held_out = config, rows, held_out
         self.device = self.accelerator.device
         self.target = target.to(self.device).eval().requires_grad_(False)
@@ -393,7 +399,9 @@ def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     packed = [pack(tokenize_rows(part, tokenizer, config.max_length), config.max_length, pad) for part in (kept, held)]
     if not packed[0]["loss_mask"].any():
-        raise ValueError(f"{config.data} has no assistant token to train on; give rows with answers")
+        raise ValueError(
+            f"{config.data} leaves no assistant token to train on after holding rows out; give more answers"
+        )
     prompts = prompt_ids(tokenizer, questions([r for r in held if "messages" in r][: config.eval_prompts]))
     used = {int(i) for part in packed for i in part["input_ids"].unique()}
     return packed[0], packed[1], prompts, used
@@ -438,7 +446,7 @@ def main(config: DistillConfig) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     rows, held_out, prompts, used = load_data(config, tokenizer)
-    device = Accelerator(cpu=not torch.accelerator.is_available()).device
+    device = Accelerator(cpu=on_cpu(config)).device
     target = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device)
     if config.init_drafter is not None:
         drafter = load_drafter(config.init_drafter, torch.float32)

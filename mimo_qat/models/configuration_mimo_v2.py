@@ -87,6 +87,10 @@ class MiMoV2Config(PreTrainedConfig):
         ):
             if getattr(self, swa) is None:
                 setattr(self, swa, getattr(self, full))
+        # Engines read these two as they are: None would be no dtype and no number to them.
+        self.moe_router_dtype = self.moe_router_dtype or "float32"
+        if self.sliding_window_size is None and self.swa_window_convention == "hub":
+            self.sliding_window_size = self.sliding_window
         if self.swa_window_convention == "sglang":
             if self.sliding_window_size is None:
                 raise ValueError('swa_window_convention "sglang" needs sliding_window_size in the configuration')

@@ -252,15 +252,20 @@ def attend(q, k, v, mask, sink, implementation: str = "eager"):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)  # with symbolic sizes its backward does not lower
 
 
 def _flex(q, k, v, mask, scale):
     """Flex attention [B, N, R, H] and its logsumexp [B, N, R] (natural logarithm)."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    gqa = q.shape[1] != k.shape[1]
-    out, aux = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    options = {
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "return_aux": AuxRequest(lse=True),
+        # Fewer than 128 block rows would go to the decoding kernel, which does not lower for this mask.
+        "kernel_options": {"BACKEND": "TRITON"},
+    }
+    out, aux = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, **options)
     return out, aux.lse
 
 

@@ -28,7 +28,7 @@ class _ChunkedKL(torch.autograd.Function):
         return grad_TD * grad.to(grad_TD.dtype), None, None, None
 
 
-def forward_kl(student_TD: torch.Tensor, teacher_TD: torch.Tensor, head_VD: torch.Tensor, chunk: int = 512):
+def forward_kl(student_TD: torch.Tensor, teacher_TD: torch.Tensor, head_VD: torch.Tensor, chunk: int = 256):
     """Sum over tokens of KL(teacher || student) in nats, temperature 1.
 
     `student_TD` and `teacher_TD` [tokens, hidden] are final hidden states after the norm, `head_VD` [vocabulary,
@@ -39,7 +39,7 @@ def forward_kl(student_TD: torch.Tensor, teacher_TD: torch.Tensor, head_VD: torc
 
 
 @torch.no_grad()
-def agreement(student_TD: torch.Tensor, teacher_TD: torch.Tensor, head_VD: torch.Tensor, chunk: int = 512) -> int:
+def agreement(student_TD: torch.Tensor, teacher_TD: torch.Tensor, head_VD: torch.Tensor, chunk: int = 256) -> int:
     """Number of tokens for which teacher and student have the same most likely next token."""
     same = 0
     for start in range(0, len(student_TD), chunk):

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
@@ -104,7 +103,7 @@ class Trainer:
         # Resuming must give the same bytes. CUDA kernels without a deterministic form warn and run.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.tokenizer = data.load_tokenizer(config.model)
         self.model = load_model(config.model, dtype=torch.bfloat16, device=self.accelerator.device)
         self.model.requires_grad_(False)
         self.model.config.use_cache = False

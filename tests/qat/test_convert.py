@@ -1,10 +1,15 @@
 """Conversion: the file holds exactly what was trained, in the published layout, whole or not at all."""
 
+import errno
 import hashlib
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -290,46 +295,185 @@ def test_a_drafter_of_another_target(bf16_folder, drafter_folder, tmp_path, edit
     assert not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, signal, sys
+SCRIPT = """
+import os, signal, sys, time
 from mimo_qat import convert
 from mimo_qat.checkpoint import layout, writer
 layout.experts_per_file = lambda geometry: 2
-left, write = int(sys.argv[1]), writer.FileWriter.write
-def counted(self, name, tensor):
+left, pause, append = int(sys.argv[1]), float(sys.argv[2]), writer.FileWriter.append
+def counted(self, name, part):
     global left
-    write(self, name, tensor)
+    time.sleep(pause)
+    append(self, name, part)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-writer.FileWriter.write = counted
-convert.main(convert.ConvertConfig(target="bf16", drafter="drafter", out=sys.argv[2]))
+writer.FileWriter.append = counted
+if __name__ == "__main__":  # workers import this file too
+    convert.main(convert.ConvertConfig(target="bf16", drafter="drafter", out="out", workers=int(sys.argv[3])))
 """
+PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_run_ends_with_the_same_bytes(bf16_folder, drafter_folder, tmp_path, monkeypatch):
-    """SIGKILL in the middle of the second file, then again in the drafter: the third run finishes, byte for byte."""
+@pytest.fixture
+def scripted(bf16_folder, drafter_folder, tmp_path, monkeypatch):
+    """scripted(kill after, pause, workers) starts a conversion in tmp_path; an undisturbed one gave the digests."""
     monkeypatch.setattr(layout, "experts_per_file", lambda geometry: 2)
     monkeypatch.chdir(tmp_path)
-    path = f"{ROOT}:{ROOT / 'kernels'}"
-
-    def killed(writes):
-        command = [sys.executable, "-c", KILLED, str(writes), "out"]
-        assert subprocess.run(command, env={"PYTHONPATH": path}).returncode == -signal.SIGKILL
-        assert not Path("out").exists()
-        return {p.name: p.stat().st_ino for p in Path("out.partial").glob("*.safetensors")}
-
-    first = killed(100)
-    assert "model_pp0_ep0_shard0.safetensors" in first and 1 <= len(first) < 5
-    second = killed(150)
-    assert first.items() <= second.items() and len(second) == 5  # what was finished was kept, not written again
+    (tmp_path / "job.py").write_text(SCRIPT)
     main(ConvertConfig(target="bf16", drafter="drafter", out="out"))
-    kept = {p.name: p.stat().st_ino for p in Path("out").glob("*.safetensors")}
-    assert second == kept and sorted(p.name for p in Path(".").iterdir()) == ["bf16", "drafter", "out"]
-    resumed = digests(Path("out"))
-    Path("out").rename("first")
+    undisturbed = digests(Path("out"))
+    shutil.rmtree("out")
+
+    def start(kill_after, pause=0.0, workers=1):
+        command = [sys.executable, "job.py", str(kill_after), str(pause), str(workers)]
+        return subprocess.Popen(command, env=PATHS, start_new_session=True)
+
+    return start, undisturbed
+
+
+def recorded():
+    """{tensor: digest} of every journal."""
+    lines = [json.loads(x) for p in Path("out.progress").glob("*.jsonl") for x in p.read_text().splitlines()]
+    return {n: d for line in lines for n, d in line.get("tensors", {}).items()}
+
+
+def test_a_killed_run_goes_on_inside_the_file(scripted):
+    """SIGKILL in the middle of the first file, of the third, and in the drafter: then it ends, byte for byte."""
+    start, undisturbed = scripted
+    before = {}
+    for kill_after, whole_files in ((20, 0), (60, 1), (140, 5)):
+        assert start(kill_after).wait() == -signal.SIGKILL and not Path("out").exists()
+        now, files = recorded(), sorted(Path("out.partial").glob("*.safetensors"))
+        assert before.items() < now.items() and len(now) >= len(before) + min(kill_after, 80) * 0.7
+        assert len(files) >= whole_files
+        before = now
+    inodes = {p.name: p.stat().st_ino for p in files}
     main(ConvertConfig(target="bf16", drafter="drafter", out="out"))
-    assert digests(Path("out")) == resumed
+    assert inodes == {p.name: p.stat().st_ino for p in Path("out").glob("*.safetensors")}  # kept, not written again
+    assert digests(Path("out")) == undisturbed
+    assert sorted(p.name for p in Path(".").iterdir()) == ["bf16", "drafter", "job.py", "out"]
+
+
+def test_what_a_killed_run_left_is_not_believed(scripted):
+    """A tensor whose bytes were lost after it was recorded is written again, a half-written record is dropped."""
+    start, undisturbed = scripted
+    start(30).wait()
+    (unfinished,) = Path("out.partial").glob(".*.tmp")
+    data = bytearray(unfinished.read_bytes())
+    data[3000:] = bytes(len(data) - 3000)
+    unfinished.write_bytes(data)
+    (journal,) = Path("out.progress").glob("*.jsonl")
+    with journal.open("a") as f:
+        f.write('{"tensors": {"model.norm.we')
+    main(ConvertConfig(target="bf16", drafter="drafter", out="out"))
+    assert digests(Path("out")) == undisturbed
+
+
+def test_workers_give_the_same_bytes_and_end_with_their_parent(scripted):
+    """The parent of two workers is killed at once; a run that starts right away waits for them and goes on."""
+    start, undisturbed = scripted
+    job = start(10**9, pause=0.02, workers=2)
+    while not Path("out.progress").exists() or len(recorded()) < 20:
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    kept = recorded()
+    assert start(10**9, workers=2).wait() == 0 and len(kept) >= 20
+    assert digests(Path("out")) == undisturbed
+
+
+def test_a_killed_worker_is_one_line(scripted):
+    start, _ = scripted
+    job = start(25, workers=2)
+    assert job.wait() == 1 and not Path("out").exists()
+    assert Path("out.partial").is_dir() and recorded()
+
+
+@pytest.mark.slow
+def test_kill_at_ten_random_moments(scripted):
+    start, undisturbed = scripted
+    moments, killed = random.Random(0), 0
+    for moment in range(40):
+        job = start(10**9, pause=0.01, workers=1 + moment % 2)
+        try:
+            job.wait(timeout=2 + moments.random() * 2)
+        except subprocess.TimeoutExpired:
+            (os.killpg if moment % 3 else os.kill)(job.pid, signal.SIGKILL)
+            killed += job.wait() == -signal.SIGKILL
+        if Path("out").exists():
+            assert digests(Path("out")) == undisturbed
+            shutil.rmtree("out")
+        if killed >= 10:
+            break
+    assert killed >= 10
+    main(ConvertConfig(target="bf16", drafter="drafter", out="out"))
+    assert digests(Path("out")) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "message"),
+    [
+        ("pwrite", errno.ENOSPC, r"No space left on device; make room there, and run the same command again"),
+        ("preadv", errno.EIO, r"model-0000\d-of-.*Input/output error; repair or fetch it, and run the same"),
+    ],
+)
+def test_a_disk_that_fails(bf16_folder, release, tmp_path, monkeypatch, call, number, message):
+    """One line that names the file; an earlier release stays; the same command ends with the same bytes."""
+    before, real, calls = digests(release.path), getattr(os, call), []
+
+    def failing(descriptor, *rest):
+        calls.append(descriptor)
+        if len(calls) == 50:
+            raise OSError(number, os.strerror(number))
+        return real(descriptor, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(os, call, failing)
+        run(bf16_folder.path, release.path, overwrite=True, drafter=str(release.drafter.path))
+    assert digests(release.path) == before
+    kept = list((tmp_path / "release.progress").glob("*.jsonl"))
+    run(bf16_folder.path, release.path, overwrite=True, drafter=str(release.drafter.path))
+    after = digests(release.path)
+    assert kept and {n for n in before if before[n] != after[n]} <= {"conversion.json"}
+
+
+def test_a_source_that_is_cut_off_while_it_is_read(bf16_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(ValueError, match=r"ended inside .*; fetch it again"):
+        run(bf16_folder.path, tmp_path / "out")
+
+
+def test_room_is_asked_for_first(bf16_folder, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"needs 0\.07 GB more, 0\.00 GB are free"):
+        run(bf16_folder.path, tmp_path / "out")
+    document = run(bf16_folder.path, tmp_path / "out", dry_run=True)
+    assert document["bytes_free"] == 1000 and document["bytes_needed"] > document["bytes"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_conversions_of_one_folder(bf16_folder, tmp_path, monkeypatch):
+    def second(*_):
+        run(bf16_folder.path, tmp_path / "out")
+
+    monkeypatch.setattr(convert, "run_jobs", second)
+    with pytest.raises(ValueError, match="another conversion is writing"):
+        run(bf16_folder.path, tmp_path / "out")
+
+
+def test_the_manifest_has_every_tensor(release):
+    manifest = json.loads((release.path / "conversion.json").read_text())
+    checkpoint = Checkpoint(release.path)
+    assert set(manifest["tensor_sha256"]) == set(checkpoint.names)
+    for name in checkpoint.names[::7]:
+        data = b"".join(bytes(piece) for piece in checkpoint.pieces(name))
+        assert manifest["tensor_sha256"][name] == hashlib.sha256(data).hexdigest()
+    config = (release.source.path / "config.json").read_bytes()
+    assert manifest["source"]["config_sha256"] == hashlib.sha256(config).hexdigest()
+    assert manifest["versions"]["torch"] and manifest["command"].startswith("mimo-qat convert --target")
 
 
 def test_a_partial_run_of_another_plan_is_not_kept(bf16_folder, tmp_path, monkeypatch):

@@ -466,13 +466,14 @@ def test_flex_attention_equals_the_dense_mask(causal):
     blocks = make_blocks(batch, 8, 50, torch.Generator().manual_seed(0)).to("cuda")
     assert not blocks.valid.all()
     embeds, taps = torch.randn(2, 50, 128, device="cuda"), torch.randn(2, 300, TAPS * 128, device="cuda")
+    weights = torch.randn(int(blocks.valid.sum()), 8, 128, device="cuda")
     results = []
     for build in (dense_mask, block_sparse_mask):
         model.zero_grad()
         masks = {rule: build(blocks, 8, rule) for rule in model.rules()}
         out = model.run_layers(model.block_rows(embeds), model.fuse(taps), blocks.position_ids, masks)
         out = out.unflatten(1, (-1, 8))[blocks.valid]
-        out.square().sum().backward()
+        (out * weights).sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if n != "mask_embedding"}
         results.append({"out": out.detach(), **grads})
     for name, dense in results[0].items():

@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import GenerationConfig
 
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run as run_verb
+from mimo_qat.data import read_rows, split_rows
 from mimo_qat.distill import evaluate as decode
 from mimo_qat.distill.answers import answer_prompts, questions
 from mimo_qat.distill.objective import (
@@ -36,6 +38,7 @@ from mimo_qat.models.dflash_files import load_drafter
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 
 SIZE = 4
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,7 @@ def one_thread():
     torch.set_num_threads(1)  # bit-equality across processes needs one order of summation
     yield
     torch.set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next test may want another device
 
 
 def settings(tmp_path, **changes):
@@ -65,6 +69,7 @@ def settings(tmp_path, **changes):
         "save_steps": 0,
         "eval_prompts": 0,
         "bf16": False,
+        "use_cpu": True,
     }
     return DistillConfig(**values | changes)
 
@@ -344,7 +349,8 @@ def test_distinct_3_and_pooling_by_hand():
     assert 1.0 <= low < 12 / 7 < high <= 4.0
 
 
-def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device):
     answer = decode.greedy(tiny_model, PROMPT, 25)
     ids = torch.tensor([[*PROMPT, *answer]])
     rows = {
@@ -355,7 +361,7 @@ def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path):
     }
     config = settings(
         tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=10,
-        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True,
+        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True, use_cpu=device == "cpu",
     )  # fmt: skip
     out = distill(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows(), [PROMPT], [])
     assert out["accuracy"] == 1.0
@@ -540,6 +546,7 @@ def test_questions_end_before_the_last_answer():
 
 def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
     """The two commands as a user runs them, from a checkpoint folder to a drafter that loads."""
+    pytest.importorskip("jsonargparse")
     words = {**{f"t{i}": i for i in range(500)}, "<|mask|>": 500}
     tokenizer = {
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
@@ -554,7 +561,8 @@ def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
         json.dumps(special | {"tokenizer_class": "PreTrainedTokenizerFast"})
     )
     prompts = [{"messages": ask(f"t{20 + i} t{30 + i} t{i + 40}")} for i in range(24)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    prompts_file = tmp_path / "prompts.jsonl"
+    prompts_file.write_text("".join(json.dumps(p) + "\n" for p in prompts))
 
     def command(verb, **flags):
         code = run_verb("mimo-qat", "", VERBS, [verb, *(f"--{k}={v}" for k, v in flags.items())])
@@ -563,10 +571,12 @@ def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
         return json.loads(printed.splitlines()[-1])
 
     target, rows = str(bf16_folder.path), str(tmp_path / "answers.jsonl")
-    answered = command(
-        "answer", target=target, prompts=tmp_path / "prompts.jsonl", output=rows, max_new_tokens=12, temperature=1.0
-    )
+    answered = command("answer", target=target, prompts=prompts_file, output=rows, max_new_tokens=12, temperature=1.0)
     assert answered["ok"] and answered["answered"] >= 20
+    few = command("answer", target=target, prompts=prompts_file, output=tmp_path / "few", limit=8, max_new_tokens=12)
+    assert few["prompts"] == 8
+    kept, held = split_rows(read_rows(tmp_path / "few"), 0.5)
+    assert kept and held, "a drawn subset must not fall on one side of the held-out split"
     flags = {k: v for k, v in vars(settings(tmp_path / "out")).items() if v is not None}
     flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6, "eval_fraction": 0.3}
     del flags["mask_token_id"]
@@ -579,6 +589,7 @@ def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes" / "distill").glob("*.yaml")), ids=str)
 def test_recipes_load(recipe, capsys):
+    pytest.importorskip("jsonargparse")
     flags = ["--target=t", "--data=d", "--output_dir=o", "--print_config"]
     with pytest.raises(SystemExit) as done:
         run_verb("mimo-qat", "", VERBS, ["distill", f"--config={recipe}", *flags])

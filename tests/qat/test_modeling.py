@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+from mimo_qat.models.cpu_experts import use_bucketed_experts
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM, attend, visible_keys
 
 
@@ -134,6 +135,23 @@ def test_experts_implementations_agree(tiny_model):
     eager = logits(tiny_model, x)
     tiny_model.set_experts_implementation("grouped_mm")
     assert (logits(tiny_model, x) - eager).abs().max() < 1e-5
+    use_bucketed_experts(tiny_model)
+    assert (logits(tiny_model, x) - eager).abs().max() < 1e-5
+
+
+def test_bucketed_experts_have_the_gradients_of_the_eager_ones(tiny_model):
+    x = ids(2, 16)
+
+    def gradients():
+        tiny_model.zero_grad()
+        tiny_model(x, labels=x).loss.backward()
+        return {n: p.grad.clone() for n, p in tiny_model.named_parameters() if p.grad is not None}
+
+    tiny_model.set_experts_implementation("eager")
+    eager = gradients()
+    use_bucketed_experts(tiny_model)
+    for name, grad in gradients().items():
+        assert torch.allclose(grad, eager[name], atol=1e-6), name
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model):

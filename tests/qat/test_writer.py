@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
+from mimo_qat.checkpoint.folder import TORCH_DTYPES
 from mimo_qat.checkpoint.layout import TensorSpec, default_drafter_config, drafter_tensors, target_tensors
-from mimo_qat.checkpoint.reader import TORCH_DTYPES, Checkpoint, read_drafter
+from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
 from mimo_qat.checkpoint.writer import FileWriter, write_bf16_folder, write_drafter, write_tensors
 
 FILE = "x.safetensors"
