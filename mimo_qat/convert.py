@@ -30,7 +30,7 @@ from mimo_qat.checkpoint.writer import MANIFEST_FILE, PT_METADATA, file_sha256, 
 from mimo_qat.dialects import Dialect, Plan, plan
 from mimo_qat.provenance import commit, versions, write_json
 from mimo_qat.sources import Source
-from mimo_qat.workers import Job, run_jobs
+from mimo_qat.workers import Job, peak_memory, run_jobs
 
 COPIED = (
     "tokenizer*",
@@ -180,7 +180,8 @@ def _command(cfg: ConvertConfig) -> str:
 def _manifest(work: Path, cfg: ConvertConfig, jobs: dict[str, Job], facts: dict[str, Any]) -> None:
     """conversion.json: what was done, the checksum of every file and of every tensor of the target. No dates: the
     same run writes the same bytes."""
-    files, tensors = {}, {}
+    files: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, str] = {}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         name = str(path.relative_to(work))
         digest = jobs[name].record().sha256 if name in jobs else file_sha256(path)
@@ -276,7 +277,7 @@ def _convert(source: Source, target: Plan, drafter: Path | None, cfg: ConvertCon
             "another --out"
         )
     jobs = progress.jobs(source, target, cfg)
-    run_jobs(list(jobs.values()), cfg.workers)
+    peaks = run_jobs(list(jobs.values()), cfg.workers)
     source.unchanged()
     write_index(work, target.specs, target.metadata)
     write_json(work / "config.json", target.config)
@@ -294,7 +295,8 @@ def _convert(source: Source, target: Plan, drafter: Path | None, cfg: ConvertCon
     )
     if changed is not None:
         print(f"expert elements that the grid changed: {changed:,}")
-    return {"ok": True, "out": str(out), **facts, "side_files": copied}
+    memory = {"peak_rss_bytes": peak_memory() + sum(peaks), "largest_process_bytes": max([*peaks, peak_memory()])}
+    return {"ok": True, "out": str(out), **facts, **memory, "side_files": copied}
 
 
 def target_spine(target: Plan, cfg: ConvertConfig) -> str:

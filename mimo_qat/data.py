@@ -122,7 +122,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 
     # With the configuration at hand transformers need not guess the model's type, and warn that it cannot.
-    return AutoTokenizer.from_pretrained(folder, config=MiMoV2Config.from_pretrained(folder))
+    config = MiMoV2Config.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
 def tokenize_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:

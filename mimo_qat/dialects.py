@@ -30,6 +30,7 @@ from mimo_qat.checkpoint.layout import (
     hf_shards,
     quantization_config,
     target_tensors,
+    unpacked_linears,
 )
 from mimo_qat.sources import EXPERT, Source
 
@@ -40,6 +41,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mimo_v2.MiMoV2Model",
     "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM",
 }
+DROPPED_KEYS = ("layer_types", "attention_chunk_size", "quantization_config")
 SUFFIX = re.compile(r"\.(weight_scale_inv|weight_scale|weight_packed|weight)$")
 _EXPERTS: dict[Dialect, Experts] = {"mimo": "mxfp4", "compressed-tensors": "mxfp4-packed", "bf16": "bf16"}
 
@@ -86,9 +88,10 @@ def release_config(source: Config, mtp_layers: int) -> Config:
     """config.json of a MiMo-V2 result without its quantization: the source's own keys and the fused layout.
 
     `layer_types` goes: it repeats hybrid_layer_pattern, and engines that find it build their windows from it.
+    `attention_chunk_size` goes: no layer uses it, and engines that find it switch to chunked local attention.
     """
     dtype_key = "dtype" if "dtype" in source else "torch_dtype"
-    config = {k: v for k, v in source.items() if k not in ("layer_types", "quantization_config")}
+    config = {k: v for k, v in source.items() if k not in DROPPED_KEYS}
     config |= {
         "architectures": ["MiMoV2ForCausalLM"],
         "model_type": "mimo_v2",
@@ -113,7 +116,6 @@ def compressed_tensors_config(specs: Mapping[str, TensorSpec]) -> Config:
     Every module that is not a routed expert is listed in `ignore` by its full name: readers differ in how they match
     patterns, and fused modules need each of their parts to be listed.
     """
-    linears = [n.removesuffix(".weight") for n, s in specs.items() if n.endswith(".weight") and len(s.shape) > 1]
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": MX_BLOCK, "strategy": "group"}
     group = {
         "targets": ["Linear"],
@@ -127,7 +129,7 @@ def compressed_tensors_config(specs: Mapping[str, TensorSpec]) -> Config:
         "format": "mxfp4-pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": sorted({n for n in linears if "embed" not in n.rsplit(".", 1)[-1]} | {"lm_head"}),
+        "ignore": sorted(unpacked_linears(specs) | {"lm_head"}),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -1,19 +1,21 @@
 """The files of a conversion, each written by one process, several at a time.
 
 A worker holds the tensors of one module; what it needs to know of the source travels with its job, so that it reads
-no header and no index. It looks after every tensor whether its parent is still there: the worker of a killed run ends
-by itself, and the next run finds its journal free.
+no header and no index. It ends when its parent does: the next run finds the journals of a killed one free.
 """
 
 import errno
 import os
+import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -105,24 +107,43 @@ _shared: Any = None  # (bytes written, stop) of the worker's parent, set when th
 def _start(counter: Any, stop: Any, parent: int, threads: int) -> None:
     global _shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    _shared = (counter, stop, parent)
+    _shared = (counter, stop)
 
 
-def _work(job: Job) -> None:
-    counter, stop, parent = _shared
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, also where it waits for a job that nobody will send."""
+    process = parent_process()
+    if process is not None:
+        wait_for([process.sentinel])
+    os._exit(os.getppid() == parent)
+
+
+def _work(job: Job) -> tuple[int, int]:
+    """Writes a file; returns (process, its peak memory so far)."""
+    counter, stop = _shared
 
     def progress(size: int) -> bool:
         with counter.get_lock():
             counter.value += size
-        return not stop.value and os.getppid() == parent
+        return not stop.value
 
     with torch.no_grad():
         write_file(job, progress)
+    return os.getpid(), peak_memory()
 
 
-def run_jobs(jobs: list[Job], workers: int | None) -> None:
-    """Writes the files of all jobs. ValueError of the first that fails; the others stop after their tensor."""
+def peak_memory() -> int:
+    """The most memory that this process had, in bytes, as the system counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_jobs(jobs: list[Job], workers: int | None) -> list[int]:
+    """Writes the files of all jobs; returns the peak memory of each process besides this one.
+
+    ValueError of the first that fails; the others stop after their tensor.
+    """
     total, cores = sum(job.nbytes for job in jobs), len(os.sched_getaffinity(0))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else min(MAX_WORKERS, cores)
@@ -131,14 +152,15 @@ def run_jobs(jobs: list[Job], workers: int | None) -> None:
         if workers == 1:
             for job in jobs:
                 write_file(job, lambda size: bar.update(size) or True)
-            return
-        _run_pool(sorted(jobs, key=lambda j: -j.nbytes), workers, max(1, cores // workers), bar)
+            return []
+        return _run_pool(sorted(jobs, key=lambda j: -j.nbytes), workers, max(1, cores // workers), bar)
 
 
-def _run_pool(jobs: list[Job], workers: int, threads: int, bar: Any) -> None:
+def _run_pool(jobs: list[Job], workers: int, threads: int, bar: Any) -> list[int]:
     context = get_context("spawn")  # torch's threads and CUDA do not survive a fork
     counter, stop = context.Value("q", 0), context.Value("b", 0)
     arguments = (counter, stop, os.getpid(), threads)
+    peaks: dict[int, int] = {}
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
         waiting: set[Future] = {pool.submit(_work, job) for job in jobs}
         try:
@@ -146,7 +168,8 @@ def _run_pool(jobs: list[Job], workers: int, threads: int, bar: Any) -> None:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
                 bar.update(counter.value - bar.n)
                 for future in done:
-                    future.result()
+                    process, peak = future.result()
+                    peaks[process] = max(peak, peaks.get(process, 0))
         except BrokenProcessPool:
             raise ValueError(
                 f"a worker was killed, which the system does when memory runs out; give fewer --workers, or {GO_ON}"
@@ -154,3 +177,4 @@ def _run_pool(jobs: list[Job], workers: int, threads: int, bar: Any) -> None:
         finally:
             stop.value = 1
             pool.shutdown(cancel_futures=True)
+    return list(peaks.values())

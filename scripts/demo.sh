@@ -39,20 +39,20 @@ step() {
     mv $out/steps/$name.json.tmp $out/steps/$name.json
 }
 
-qat() { $python -m mimo_qat "$@"; }
-runtime() { $python -m mimo_runtime "$@"; }
+mimo-qat() { $python -m mimo_qat "$@"; }
+mimo-runtime() { $python -m mimo_runtime "$@"; }
 
 [ -s $out/steps/upcycle.json ] || rm -rf $out/moe
-step upcycle qat upcycle --output_dir $out/moe
-step qad qat qat --config recipes/qat/$recipe.yaml --model $out/moe --output_dir $out/qat
-step answer qat answer --target $out/qat --prompts stdlib --output $out/answers.jsonl \
+step upcycle mimo-qat upcycle --output_dir $out/moe
+step qad mimo-qat qat --config recipes/qat/$recipe.yaml --model $out/moe --output_dir $out/qat
+step answer mimo-qat answer --target $out/qat --prompts stdlib --output $out/answers.jsonl \
     --limit $prompts --max_new_tokens $new_tokens --batch_size 48
-step distill qat distill --config recipes/distill/$recipe.yaml --target $out/qat --data $out/answers.jsonl \
+step distill mimo-qat distill --config recipes/distill/$recipe.yaml --target $out/qat --data $out/answers.jsonl \
     --output_dir $out/drafter
-step convert qat convert --target $out/qat --drafter $out/drafter/dflash --out $out/release --overwrite true
-step check qat check $out/release
-step quality runtime quality $out/release --reference $out/moe --text $out/qat/held_out.jsonl --windows $windows
+step convert mimo-qat convert --target $out/qat --drafter $out/drafter/dflash --out $out/release --overwrite true
+step check mimo-qat check $out/release
+step quality mimo-runtime quality $out/release --reference $out/moe --text $out/qat/held_out.jsonl --windows $windows
 # The drafter holds out the same prompts: the split is a hash of the prompt, so these are new to both trainings.
-step bench runtime bench $out/release --prompts $out/qat/held_out.jsonl --limit $bench_prompts \
+step bench mimo-runtime bench $out/release --prompts $out/qat/held_out.jsonl --limit $bench_prompts \
     --max_new_tokens $bench_tokens
 $python scripts/report.py $out --seconds $(($(date +%s) - started))

@@ -16,7 +16,7 @@ Documents = dict[str, dict[str, Any]]
 def read_steps(folder: Path) -> Documents:
     """Step name -> the document it printed, with its command and seconds."""
     steps = {}
-    for path in sorted((folder / "steps").glob("*.json")):
+    for path in sorted((folder / "steps").glob("*.json"), key=lambda p: p.stat().st_mtime):
         document = json.loads(path.read_text())
         document["_command"] = path.with_suffix(".command").read_text().strip()
         document["_seconds"] = int(path.with_suffix(".seconds").read_text())
@@ -29,7 +29,7 @@ def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
     qad, rows, bench = steps["qad"], steps["quality"]["rows"], steps["bench"]
     plain, release = _plain_row(rows), rows["release"]
     machine = {**hardware(), **versions()}
-    settings = steps["quality"]["conditions"]
+    settings = steps["quality"]["conditions"]["settings"]
     held_out = {
         "text": "held-out functions of the Python standard library",
         "windows": settings["windows"],
@@ -38,8 +38,8 @@ def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
         "scale_rule": qad["scale_rule"],
         "qad_steps": qad["steps"],
     }
-    decoding = {k: bench["conditions"][k] for k in ("max_new_tokens", "temperature", "dtype", "seed", "block")}
-    decoding |= {"prompts": bench["prompts"], "aggregate": "pooled", "ngram_lookup": bench["lookup_length"]}
+    decoding = {k: bench["conditions"]["settings"][k] for k in ("max_new_tokens", "temperature", "dtype", "seed")}
+    decoding |= {"block": bench["conditions"]["block"], "prompts": bench["prompts"], "aggregate": "pooled", "ngram_lookup": bench["lookup_length"]}
     table: list[tuple[str, float, str, dict[str, Any], str]] = [
         ("kl_rtn", plain["kl_mean"], "nats/token", held_out, "quality"),
         ("kl_qad", release["kl_mean"], "nats/token", held_out, "quality"),

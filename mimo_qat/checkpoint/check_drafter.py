@@ -8,11 +8,12 @@ from mimo_qat.checkpoint.folder import TensorFolder
 from mimo_qat.checkpoint.geometry import Config, DraftGeometry, Geometry, default_target_layer_ids
 from mimo_qat.checkpoint.layout import DRAFTER_FILE, differences, drafter_tensors, totals
 from mimo_qat.checkpoint.reader import MASK_FILE, mask_token_of, read_draft_config, read_mask_embedding
+from mimo_qat.checkpoint.values import finite
 
 PUBLISHED_VALUE_SCALE = 0.612
 
 
-def check_drafter(folder: Path, target: Config | None, report: Report) -> None:
+def check_drafter(folder: Path, target: Config | None, report: Report, samples: int = 16) -> None:
     """Findings about a DFlash drafter; with the target's config also whether the two fit."""
     config = report.attempt(_draft_config, folder / "config.json", report)
     if config is not None and not _states_layer_ids(config):
@@ -21,6 +22,8 @@ def check_drafter(folder: Path, target: Config | None, report: Report) -> None:
     if config is None or geometry is None:
         return
     report.attempt(_draft_tensors, folder, config, report)
+    if samples:
+        report.attempt(_draft_values, folder, report)
     report.attempt(_draft_spelling, config, geometry, report)
     report.attempt(_draft_semantics, config, geometry, report)
     report.attempt(_draft_mask, folder, geometry, report)
@@ -44,6 +47,13 @@ def _draft_tensors(folder: Path, config: Config, report: Report) -> None:
     report.facts["drafter"] = {"tensors": count, "bytes": size}
     for kind, found in differences(drafter_tensors(config), held).items():
         report.expect(not found, "drafter-tensors", f"{kind} {few(found)}")
+
+
+def _draft_values(folder: Path, report: Report) -> None:
+    held = TensorFolder(folder, (DRAFTER_FILE, "model.safetensors"))
+    bad = [n for n, s in held.specs.items() if s.dtype in ("BF16", "F16", "F32") and not finite(held, n)]
+    held.close()
+    report.expect(not bad, "not-finite", few(bad))
 
 
 def _draft_spelling(config: Config, g: DraftGeometry, report: Report) -> None:

@@ -24,6 +24,43 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     "stray-weights": ("warning", "loaders that go by file name mix them in", "delete them, or write the index again"),
     "pickles": ("warning", "loading them can execute code", "delete them; weights belong in safetensors"),
     "manifest": ("warning", "these are not the bytes that were converted and measured", "fetch or convert them again"),
+    "scale-missing": ("error", "codes are taken for weights: off by powers of two", EXPORT),
+    "scale-name": ("error", "the engine finds no scale, or one in another meaning", "call MXFP4 scales .weight_scale"),
+    "scale-dtype": (
+        "error",
+        "engines take exponents for numbers, or encode them twice: wrong by powers of two",
+        "store E8M0 bytes as U8",
+    ),
+    "extra-scales": ("error", "no reader of this format applies them", "fold them into weight_scale, or drop them"),
+    "qkv-rows": ("error", "rows land in the wrong heads", "take the head counts from the source's config.json"),
+    "qkv-scale-rows": (
+        "error",
+        "every chunk but the first is scaled by its neighbour's blocks",
+        "count ceil(chunk rows / 128) for each of num_key_value_heads chunks",
+    ),
+    "router-dtype": (
+        "error",
+        "the load fails, or scores are rounded otherwise than in training",
+        "set moe_router_dtype to the dtype of mlp.gate.weight as it is stored",
+    ),
+    "router-bias-dtype": ("error", "tokens are routed to other experts", "keep e_score_correction_bias in F32"),
+    "o-proj-dtype": ("error", "engines load o_proj as BF16", "keep every o_proj in BF16"),
+    "layer-pattern": (
+        "error",
+        "full and sliding-window layers are swapped: sinks lie where the pattern has none",
+        "copy hybrid_layer_pattern from the source; no formula gives it",
+    ),
+    "mtp-tensors": ("error", "speculation with MTP blocks fails, or drafts junk", "copy model.mtp.* as published"),
+    "library-names": (
+        "error",
+        "engines that load the published names find nothing",
+        "export with the published names: attention_sink_bias, one tensor an expert projection",
+    ),
+    "drafter-in-index": (
+        "error",
+        "the drafter's norm and layers collide with the target's",
+        "write the index again: dflash/ has one of its own",
+    ),
     # index
     "index-absent": ("error", "engines find no weights: the file names fit no pattern", "convert again"),
     "index-total-size": ("error", "loaders plan memory and progress by it", "write the payload bytes into total_size"),
@@ -60,6 +97,29 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
         "an id beyond the embedding crashes, or reads other memory",
         "take the tokenizer of this model",
     ),
+    "norm-epsilon": ("error", "every norm is computed with another epsilon", "copy layernorm_epsilon of the source"),
+    "rope-theta": ("error", "full-attention layers rotate with a library's default", "copy rope_theta of the source"),
+    "window-keys": (
+        "note",
+        "engines read one or the other: 128 or 129 keys",
+        "keep both as in the source, and say which one was trained",
+    ),
+    "attention-chunk": (
+        "note",
+        "engines that act on it use chunked local attention: corrupt long contexts",
+        "remove attention_chunk_size, which no layer uses",
+    ),
+    "architecture": (
+        "error",
+        "engines build the model with split projections",
+        'set model_type to "mimo_v2", architectures to ["MiMoV2ForCausalLM"]',
+    ),
+    "qkv-order": (
+        "error",
+        "engines read the rows in chunk order: heads are mixed up",
+        "convert again from the published layout",
+    ),
+    "mtp-unstated": ("note", "some engines leave MTP off, others stop", "write num_nextn_predict_layers"),
     # values
     "scale-nan": ("error", "the whole block becomes NaN", "convert again from sound weights"),
     "minus-zero": (
@@ -71,6 +131,14 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
         "note",
         "legal; official files have 4 or 6 everywhere, so another scale rule wrote these",
         "convert with --rule even or floor to match them",
+    ),
+    "scale-rule": ("warning", "the provenance is wrong: another rule wrote the scales", "convert again"),
+    "dead-experts": ("error", "an expert that is routed to returns nothing", "export it again from a sound checkpoint"),
+    "dead-blocks": ("warning", "those weights were lost, or never trained", "compare with the source of the weights"),
+    "duplicate-experts": (
+        "error",
+        "one expert does the work of two: a shard was written or indexed under a second name",
+        EXPORT,
     ),
     "scale-span": ("note", "a transcode to NVFP4 or FP8 loses bits", "keep the E8M0 scales"),
     "fp8-nan": ("error", "NaN in every layer after it", "convert again from sound weights"),
@@ -92,6 +160,29 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     "drafter-sinks": ("note", "fine if it was trained without them", ""),
     "drafter-rope-base": ("note", "training metadata that two readers take for the rotary base", AGAIN),
     "drafter-code": ("note", "transformers cannot load it by itself; engines do not need it", "convert again"),
+    "drafter-is-causal": ("warning", "block tokens do not see each other: less acceptance", "write is_causal: false"),
+    "drafter-neox": ("error", "another rotation than the trained one", "MiMo rotates in halves: is_neox_style true"),
+    "drafter-draft-length": ("error", "tokens beyond block_size - 1 are junk", "draft block_size - 1 tokens at most"),
+    "drafter-rope-theta": (
+        "error",
+        "the drafter rotates with the target's base, not with its own",
+        "write 10000, which every published drafter has",
+    ),
+    "drafter-layer-ids": (
+        "warning",
+        "the drafter reads other layers than it was trained on",
+        "write the full-attention layers out: [0, 15, 31, 47, 69] for Pro, [0, 11, 23, 35, 47] for Flash",
+    ),
+    "drafter-target-weights": (
+        "warning",
+        "a drafter is tied to the weights it was trained on: acceptance drops",
+        "retrain it, or take both from one release",
+    ),
+    "drafter-mask-absent": (
+        "error",
+        "engines take the target's untrained row: acceptance near 1",
+        "write mask_embedding.pt: {mask_token_id, embedding}",
+    ),
     "drafter-mask-norm": (
         "warning",
         "an untrained vector: poor drafts",

@@ -175,7 +175,7 @@ class TensorFolder:
             return torch.empty(shape, dtype=dtype)
         row = spec.nbytes // spec.shape[0] if spec.shape else spec.nbytes
         data = torch.empty(spec.nbytes if shape == spec.shape else row * shape[0], dtype=torch.uint8)
-        self._read_into(memoryview(data.numpy()), spec, start * row)
+        self._read_into(data.numpy().data, spec, start * row)
         return data.view(dtype).view(shape)
 
     def pieces(self, name: str) -> Iterator[memoryview]:

@@ -13,6 +13,8 @@ from typing import Any
 Config = dict[str, Any]
 
 MAX_JSON_BYTES = 100 * 2**20  # an index of a 1.02T model is 20 MB
+MAX_SIZE = 2**31  # of any dimension, so that nothing is made of a damaged number
+MAX_LAYERS, MAX_EXPERTS = 2048, 16384
 ROUTER_DTYPES = {None: "F32", "float32": "F32", "bfloat16": "BF16"}
 _STRING_OR_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
 
@@ -75,23 +77,36 @@ def need(config: Config, key: str) -> Any:
 def positive(config: Config, key: str, default: int | None = None) -> int:
     """config[key] as a positive int; a null or absent key takes `default`."""
     value = default if default is not None and config.get(key) is None else need(config, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"configuration key {key!r} is {value!r}; it must be a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIZE:
+        raise ValueError(f"configuration key {key!r} is {brief(value)}; it must be a positive integer")
     return value
+
+
+def number(value: Any, key: str) -> float:
+    """`value` as a finite float; ValueError names the key it belongs to."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e30:
+        raise ValueError(f"configuration key {key!r} is {brief(value)}; it must be a number")
+    return float(value)
+
+
+def brief(value: Any) -> str:
+    """`value` in at most 60 characters."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _layer_list(config: Config, key: str, default: list[int]) -> list[int]:
     values = config.get(key)
     values = default if values is None else values
-    if len(values) != len(default) or any(v not in (0, 1) for v in values):
+    if not isinstance(values, list) or len(values) != len(default) or any(v not in (0, 1) for v in values):
         raise ValueError(f"{key} must hold {len(default)} entries of 0 or 1; copy the list from the source config.json")
     return values
 
 
 def rotary_dim(head_dim: int, factor: float) -> int:
     """Rotated elements of a head: int(head_dim * factor), which must be even (192 * 0.334 -> 64)."""
-    dim = int(head_dim * factor)
-    if dim % 2 or dim > head_dim:
+    dim = int(head_dim * number(factor, "partial_rotary_factor"))
+    if dim % 2 or not 0 < dim <= head_dim:
         raise ValueError(f"partial_rotary_factor {factor} rotates {dim} of {head_dim} elements; it must be even")
     return dim
 
@@ -145,17 +160,23 @@ class Geometry:
     def from_config(cls, config: Config) -> "Geometry":
         """Geometry of a target from its parsed config.json; ValueError names a missing or impossible key."""
         count = positive(config, "num_hidden_layers")
+        if count > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers is {count}, more than {MAX_LAYERS}; correct the configuration")
         swa = _layer_list(config, "hybrid_layer_pattern", [0] * count)
         moe = _layer_list(config, "moe_layer_freq", [0] + [1] * (count - 1))
         layers = tuple(_layer(config, bool(s), bool(m)) for s, m in zip(swa, moe, strict=True))
         experts = positive(config, "n_routed_experts") if any(moe) else 0
         per_token = positive(config, "num_experts_per_tok") if any(moe) else 0
+        if experts > MAX_EXPERTS:
+            raise ValueError(f"n_routed_experts is {experts}, more than {MAX_EXPERTS}; correct the configuration")
         if per_token > experts:
             raise ValueError(f"num_experts_per_tok {per_token} is more than n_routed_experts {experts}; lower it")
-        if config.get("moe_router_dtype") not in ROUTER_DTYPES:
-            raise ValueError(
-                f"moe_router_dtype {config['moe_router_dtype']!r} is unknown; use bfloat16, float32 or null"
-            )
+        router = config.get("moe_router_dtype")
+        if not isinstance(router, str | None) or router not in ROUTER_DTYPES:
+            raise ValueError(f"moe_router_dtype {brief(router)} is unknown; use bfloat16, float32 or null")
+        blocks = config.get("num_nextn_predict_layers") or 0
+        if not isinstance(blocks, int) or not 0 <= blocks <= MAX_LAYERS:
+            raise ValueError(f"num_nextn_predict_layers is {brief(blocks)}; write the number of MTP blocks")
         scaling, value_scale = config.get("routed_scaling_factor"), config.get("attention_value_scale")
         return cls(
             hidden_size=positive(config, "hidden_size"),
@@ -166,18 +187,18 @@ class Geometry:
             n_routed_experts=experts,
             num_experts_per_tok=per_token,
             norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-            routed_scaling_factor=1.0 if scaling is None else float(scaling),
-            layernorm_epsilon=float(need(config, "layernorm_epsilon")),
-            attention_value_scale=1.0 if value_scale is None else float(value_scale),
+            routed_scaling_factor=1.0 if scaling is None else number(scaling, "routed_scaling_factor"),
+            layernorm_epsilon=number(need(config, "layernorm_epsilon"), "layernorm_epsilon"),
+            attention_value_scale=1.0 if value_scale is None else number(value_scale, "attention_value_scale"),
             sliding_window=_window(config, any(swa)),
             max_position_embeddings=positive(config, "max_position_embeddings", 1048576),
-            router_dtype=ROUTER_DTYPES[config.get("moe_router_dtype")],
+            router_dtype=ROUTER_DTYPES[router],
             fused_qkv=config.get("attention_projection_layout") == "fused_qkv",
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_chunks=positive(config, "num_key_value_heads"),
             layers=layers,
             mtp=_layer(config, True, False),
-            mtp_layers=config.get("num_nextn_predict_layers") or 0,
+            mtp_layers=blocks,
         )
 
     def qkv_rows(self, layer: int | LayerGeometry) -> tuple[int, int, int]:
@@ -219,7 +240,9 @@ def _layer(config: Config, swa: bool, moe: bool) -> LayerGeometry:
         head_dim=head_dim,
         v_head_dim=dim("v_head_dim"),
         rotary_dim=rotary_dim(head_dim, config.get("partial_rotary_factor", 0.334)),
-        rope_theta=float(config.get("swa_rope_theta", 10_000) if swa else need(config, "rope_theta")),
+        rope_theta=number(config.get("swa_rope_theta", 10_000), "swa_rope_theta")
+        if swa
+        else number(need(config, "rope_theta"), "rope_theta"),
         sink=bool(
             config.get("add_swa_attention_sink_bias", True)
             if swa
@@ -292,7 +315,10 @@ class DraftGeometry:
             rope.get("partial_rotary_factor"),
             default=1.0,
         )
-        types = set(draft_config.get("layer_types") or ())
+        stated_types = draft_config.get("layer_types") or []
+        if not isinstance(stated_types, list) or not all(isinstance(t, str) for t in stated_types):
+            raise ValueError(f"the drafter's layer_types are {brief(stated_types)}; write a list of names")
+        types = set(stated_types)
         if len(types) > 1:
             raise ValueError(
                 f"the drafter mixes {sorted(types)} layers; only one attention kind for all is implemented"
@@ -301,21 +327,33 @@ class DraftGeometry:
         window = agreed(
             "sliding_window", draft_config.get("sliding_window"), inner.get("swa_window_size"), default=False
         )
+        if window is not False:
+            window = positive({"sliding_window": window}, "sliding_window")
+        taps, mask = either("target_layer_ids"), either("mask_token_id")
+        if not isinstance(taps, list | tuple) or not all(isinstance(i, int) for i in taps) or len(taps) > MAX_LAYERS:
+            raise ValueError(f"the drafter's target_layer_ids are {brief(taps)}; write a list of layer numbers")
+        if not isinstance(mask, int) or not 0 <= mask <= MAX_SIZE:
+            raise ValueError(f"the drafter's mask_token_id is {brief(mask)}; write the id of the mask token")
+        layers = positive(draft_config, "num_hidden_layers")
+        if layers > MAX_LAYERS:
+            raise ValueError(f"the drafter's num_hidden_layers is {layers}, more than {MAX_LAYERS}; correct it")
         return cls(
             hidden_size=positive(draft_config, "hidden_size"),
-            num_hidden_layers=positive(draft_config, "num_hidden_layers"),
+            num_hidden_layers=layers,
             heads=positive(draft_config, "num_attention_heads"),
             kv_heads=positive(draft_config, "num_key_value_heads"),
             head_dim=head_dim,
             intermediate_size=positive(draft_config, "intermediate_size"),
-            rms_norm_eps=float(need(draft_config, "rms_norm_eps")),
-            rope_theta=float(agreed("rope_theta", draft_config.get("rope_theta"), rope.get("rope_theta"))),
+            rms_norm_eps=number(need(draft_config, "rms_norm_eps"), "rms_norm_eps"),
+            rope_theta=number(
+                agreed("rope_theta", draft_config.get("rope_theta"), rope.get("rope_theta")), "rope_theta"
+            ),
             rotary_dim=rotary_dim(head_dim, factor),
             sliding_window=(window or None) if slides else None,
-            block_size=either("block_size"),
-            target_layer_ids=tuple(either("target_layer_ids")),
-            mask_token_id=either("mask_token_id"),
-            value_scale=float(either("attention_value_scale", 1.0)),
+            block_size=positive({"block_size": either("block_size")}, "block_size"),
+            target_layer_ids=tuple(taps),
+            mask_token_id=mask,
+            value_scale=number(either("attention_value_scale", 1.0), "attention_value_scale"),
             sinks=agreed(
                 "attention_sink_bias",
                 draft_config.get("attention_sink_bias"),
@@ -334,6 +372,8 @@ def default_target_layer_ids(geometry: Geometry, taps: int = 5) -> list[int]:
     Gives [0, 15, 31, 47, 69] for MiMo-V2.5-Pro and [0, 11, 23, 35, 47] for MiMo-V2.5, as published. A model with
     fewer full-attention layers than taps is tapped over all its layers, each at most once.
     """
+    if taps == 1:
+        return [geometry.num_hidden_layers // 2]
     layers = geometry.full_attention_layers
     if len(layers) < taps:
         layers = list(range(geometry.num_hidden_layers))

@@ -291,6 +291,12 @@ def quantization_config(
     }
 
 
+def unpacked_linears(specs: Mapping[str, TensorSpec]) -> set[str]:
+    """Modules of a packed checkpoint that are not packed: what its configuration has to tell readers to leave alone."""
+    weights = {n.removesuffix(".weight") for n, s in specs.items() if n.endswith(".weight") and len(s.shape) > 1}
+    return {name for name in weights if "embed" not in name.rsplit(".", 1)[-1]}
+
+
 def detect_format(specs: Mapping[str, TensorSpec]) -> tuple[Experts, Spine, int]:
     """(experts, spine, MTP blocks) of a checkpoint from the tensors that it holds, not from what its config claims.
 

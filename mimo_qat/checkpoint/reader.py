@@ -164,6 +164,7 @@ def read_draft_config(path: Path) -> Config:
 def mask_token_of(path: Path) -> Any:
     """The token id that a mask embedding says it is for; None where the file cannot be read."""
     try:
+        assert path.stat().st_size <= MAX_MASK_BYTES
         return torch.load(path, map_location="cpu", weights_only=True)["mask_token_id"]
     except Exception:  # whatever is wrong with it, `read_mask_embedding` says so
         return None

@@ -9,6 +9,7 @@ import torch
 
 from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.findings import Report, few
+from mimo_qat.checkpoint.folder import TensorFolder
 from mimo_qat.checkpoint.reader import Checkpoint
 
 E2M1 = ("0", "0.5", "1", "1.5", "2", "3", "4", "6")
@@ -115,11 +116,12 @@ def float_values(checkpoint: Checkpoint, samples: int, report: Report) -> None:
     floats = [n for n, s in checkpoint.specs.items() if s.dtype in ("BF16", "F16", "F32")]
     if samples >= 0:
         floats = sample([n for n in floats if checkpoint.specs[n].nbytes <= SMALL_BYTES], 512)
-    bad = [n for n in floats if not _finite(checkpoint, n)]
+    bad = [n for n in floats if not finite(checkpoint, n)]
     report.expect(not bad, "not-finite", few(bad))
 
 
-def _finite(checkpoint: Checkpoint, name: str) -> bool:
+def finite(checkpoint: TensorFolder, name: str) -> bool:
+    """Whether every value of a float tensor is finite; rows are read a few at a time."""
     spec = checkpoint.specs[name]
     if not spec.shape or not spec.nbytes:
         return bool(checkpoint.rows(name).isfinite().all())

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from mimo_qat.checkpoint.reader import load_model
+from mimo_qat.data import load_tokenizer, read_rows, write_rows
 from mimo_qat.distill.evaluate import distinct_3
 
 LOOPING = 0.3
@@ -130,15 +132,10 @@ def _keep(tokens: list[int], ends: list[int], tokenizer: Any, counts: dict[str, 
 
 def main(config: AnswerConfig) -> dict[str, Any]:
     """Writes the target's own answers to prompts, as rows of messages."""
-    from transformers import AutoTokenizer
-
-    from mimo_qat.checkpoint.reader import load_model
-    from mimo_qat.data import read_rows, write_rows
-
     rows = read_rows(config.prompts)
     # Not by the hash of `split_rows`: its first rows are the ones that a later split holds out.
     random.Random(config.seed).shuffle(rows)
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    tokenizer = load_tokenizer(config.target)
     prompts = questions(rows[: config.limit])
     fits = [len(ids) <= config.max_prompt_length for ids in prompt_ids(tokenizer, prompts)]
     prompts = [p for p, ok in zip(prompts, fits, strict=True) if ok]

@@ -17,6 +17,10 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from mimo_qat.checkpoint.geometry import Geometry, default_target_layer_ids
+from mimo_qat.checkpoint.reader import load_model
+from mimo_qat.data import load_tokenizer, pack, read_rows, split_rows, tokenize_rows
+from mimo_qat.distill.answers import end_token_ids, prompt_ids, questions
 from mimo_qat.distill.blocks import Blocks, attention_masks, make_blocks
 from mimo_qat.distill.evaluate import evaluate
 from mimo_qat.distill.objective import Sums, head_loss, metrics
@@ -124,7 +128,7 @@ class DistillConfig:
     """steps between teacher-forced evaluations on held-out rows; 0 evaluates at the end only"""
     save_steps: int = 200
     """steps between checkpoints; 0 writes none"""
-    resume_from_checkpoint: bool = False
+    resume_from_checkpoint: bool = True
     """continue from output_dir/checkpoint.pt if it is there"""
     eval_prompts: int = 32
     """held-out prompts to decode at the end; 0 skips decoding"""
@@ -149,21 +153,24 @@ def stream(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def spread_layers(num_layers: int, taps: int) -> list[int]:
-    """`taps` layers from the first to the last, as published for 48 layers: 0, 11, 23, 35, 47."""
-    if not 1 <= taps <= num_layers:
-        raise ValueError(f"num_taps is {taps}, the target has {num_layers} layers; take 1 to {num_layers}")
-    return [i * (num_layers - 1) // (taps - 1) for i in range(taps)] if taps > 1 else [num_layers // 2]
+def tapped_layers(config: DistillConfig, target: Any) -> list[int]:
+    """The target layers to read: those named, else `num_taps` of them spread as the published drafters do."""
+    layers = target.config.num_hidden_layers
+    if config.target_layer_ids:
+        return list(config.target_layer_ids)
+    if not 1 <= config.num_taps <= layers:
+        raise ValueError(f"num_taps is {config.num_taps}, the target has {layers} layers; take 1 to {layers}")
+    return default_target_layer_ids(Geometry.from_config(target.config.to_dict()), config.num_taps)
 
 
 def new_drafter(config: DistillConfig, target: Any, mask_token_id: int) -> DFlashDraftModel:
-    """A drafter for `target`: random weights, except the final norm, which is the target's.
+    """A drafter for `target`: random weights, except the final norm.
 
-    The target's norm gives its frozen head inputs of the scale it knows; the mask vector starts at the size of an
-    embedding row.
+    That is the target's, which its frozen head was trained with, scaled so that the logits of a random direction have
+    unit variance: an untrained drafter is then unsure (loss about log V) and not wrong with confidence. The mask
+    vector starts at the size of an embedding row.
     """
     t = target.config
-    layers = config.target_layer_ids or spread_layers(t.num_hidden_layers, config.num_taps)
     draft = DFlashConfig(
         vocab_size=t.vocab_size,
         hidden_size=t.hidden_size,
@@ -173,7 +180,7 @@ def new_drafter(config: DistillConfig, target: Any, mask_token_id: int) -> DFlas
         num_key_value_heads=config.num_key_value_heads or t.num_key_value_heads,
         head_dim=config.head_dim or getattr(t, "v_head_dim", None) or t.head_dim,
         num_target_layers=t.num_hidden_layers,
-        target_layer_ids=list(layers),
+        target_layer_ids=tapped_layers(config, target),
         block_size=config.block_size,
         mask_token_id=mask_token_id,
         is_causal=False,
@@ -191,10 +198,13 @@ def new_drafter(config: DistillConfig, target: Any, mask_token_id: int) -> DFlas
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         drafter = DFlashDraftModel(draft).float()
-        rows = target.get_input_embeddings().weight
+        norm, head = target.model.norm.weight.float(), target.get_output_embeddings().weight
+        embedding_rms = torch.linalg.vector_norm(target.get_input_embeddings().weight, dtype=torch.float32)
+        embedding_rms /= (t.vocab_size * t.hidden_size) ** 0.5
+        logit_std = (norm * torch.linalg.vector_norm(head, dim=0, dtype=torch.float32)).norm() / t.vocab_size**0.5
         with torch.no_grad():
-            drafter.norm.weight.copy_(target.model.norm.weight)
-            drafter.mask_embedding.copy_(torch.randn(t.hidden_size) * rows.float().std().cpu())
+            drafter.norm.weight.copy_(norm / logit_std)
+            drafter.mask_embedding.copy_(torch.randn(t.hidden_size) * embedding_rms.cpu())
     return drafter
 
 
@@ -365,6 +375,8 @@ class Distiller:
             if c.save_steps and (self.step % c.save_steps == 0 or self.step == c.max_steps):
                 self.save()
         bar.close()
+        if not last and self.held_out["input_ids"].shape[0]:
+            last = self.teacher_forced()  # the run was complete before
         self.accelerator.end_training()  # the other processes are done; the first one writes and decodes alone
         return last
 
@@ -388,9 +400,6 @@ def pick_mask_token(tokenizer: Any, vocab_size: int, used: set[int]) -> int:
 
 def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list[list[int]], set[int]]:
     """(training rows, held-out rows, held-out prompts as token ids, every id that occurs)."""
-    from mimo_qat.data import pack, read_rows, split_rows, tokenize_rows
-    from mimo_qat.distill.answers import prompt_ids, questions
-
     rows = read_rows(config.data)
     if config.eval_data is None:
         kept, held = split_rows(rows, config.eval_fraction, config.seed)
@@ -439,12 +448,7 @@ def distill(
 
 def main(config: DistillConfig) -> dict[str, Any]:
     """Trains a DFlash drafter on rows that the frozen target answered, and measures its acceptance length."""
-    from transformers import AutoTokenizer
-
-    from mimo_qat.checkpoint.reader import load_model
-    from mimo_qat.distill.answers import end_token_ids
-
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    tokenizer = load_tokenizer(config.target)
     rows, held_out, prompts, used = load_data(config, tokenizer)
     device = Accelerator(cpu=on_cpu(config)).device
     target = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device)

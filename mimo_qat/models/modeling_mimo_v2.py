@@ -489,7 +489,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         elif not continues and attention_mask is None:
-            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) < 0
+            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) <= 0
             documents = restarts.cumsum(1) if restarts.any() else None
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give [batch, positions]")

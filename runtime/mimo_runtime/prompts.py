@@ -53,14 +53,12 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json from the source model"
         )
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it looks into config.json and warns that mimo_v2 is not a class of its own
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    finally:
-        logging.set_verbosity(before)
+    from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+
+    # With the configuration at hand transformers need not guess the model's type, and warn that it cannot.
+    config = MiMoV2Config.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
 def encode(tokenizer: Any, text: str, chat: bool = True) -> list[int]:

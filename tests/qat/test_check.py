@@ -1,22 +1,30 @@
 """A sound folder is clean; every fault is found, under its name, and none of them is a traceback."""
 
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mimo_kernels import mxfp4
-from mimo_qat.checkpoint.check import CheckConfig, block_amax, main
+from mimo_qat.checkpoint import layout
+from mimo_qat.checkpoint.check import CheckConfig, main
 from mimo_qat.checkpoint.findings import KINDS
 from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_qat.checkpoint.values import block_amax
+from mimo_qat.checkpoint.writer import write_index
+from mimo_qat.convert import ConvertConfig
+from mimo_qat.convert import main as convert
 
 QKV = "model.layers.1.self_attn.qkv_proj"
 EXPERT = "model.layers.1.mlp.experts.0.up_proj"
 
 
-def check(folder, samples=-1):
-    document = main(CheckConfig(folder=str(folder), samples=samples))
+def check(folder, samples=-1, deep=True):
+    document = main(CheckConfig(folder=str(folder), samples=samples, deep=deep))
     json.dumps(document)  # it is the command's last line
     return document, {f["name"]: f for f in document["findings"]}
 
@@ -35,7 +43,8 @@ def test_a_release_is_clean(release, capsys):
 
 def test_sources_are_clean(bf16_folder, drafter_folder):
     document, found = check(bf16_folder.path)
-    assert document["ok"] and found == {} and document["experts"] == "bf16"
+    assert document["ok"] and set(found) == {"attention-chunk"} and document["experts"] == "bf16"
+    assert found["attention-chunk"]["severity"] == "note"  # every published config has the key
     document, found = check(drafter_folder.path)
     assert document["ok"] and set(found) == {"drafter-code"}
 
@@ -107,13 +116,115 @@ def infinite_norm(folder):
     return {"model.norm.weight": torch.full((96,), float("inf"), dtype=torch.bfloat16)}
 
 
+def lost_norm(folder):
+    return {"model.norm.weight": None}
+
+
+def extra_tensor(folder):
+    return {"model.layers.1.mlp.shared.weight": torch.zeros(2)}
+
+
+def float_norm(folder):
+    return {"model.norm.weight": flipped(folder, "model.norm.weight").float()}
+
+
+def float_scale(folder):
+    return {EXPERT + ".weight_scale": torch.exp2(flipped(folder, EXPERT + ".weight_scale").float() - 127)}
+
+
+def renamed_scale(folder):
+    scale = flipped(folder, EXPERT + ".weight_scale")
+    return {EXPERT + ".weight_scale": None, EXPERT + ".weight_scale_inv": scale}
+
+
+def tensor_scale(folder):
+    return {EXPERT + ".input_scale": torch.ones(1)}
+
+
+def doubled_kv_heads(folder):
+    """The rows of 2x the key-value heads on a full-attention layer, as a library's formula has them."""
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    codes = flipped(folder, name).view(torch.uint8)
+    return {name: torch.cat((codes, codes[:160])).view(torch.float8_e4m3fn)}
+
+
+def scale_rows_of_one_grid(folder):
+    """3 = ceil(352 / 128) rows instead of 2 chunks x 2."""
+    name = "model.layers.0.self_attn.qkv_proj.weight_scale_inv"
+    return {name: flipped(folder, name)[:3].clone()}
+
+
+def quantized_o_proj(folder):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    return {name: flipped(folder, name).to(torch.float8_e4m3fn)}
+
+
+def sink_on_a_full_layer(folder):
+    return {"model.layers.0.self_attn.attention_sink_bias": torch.zeros(4, dtype=torch.bfloat16)}
+
+
+def renamed_mtp_norm(folder):
+    prefix = "model.mtp.layers.0."
+    norm = flipped(folder, prefix + "pre_mlp_layernorm.weight")
+    return {prefix + "pre_mlp_layernorm.weight": None, prefix + "post_attention_layernorm.weight": norm}
+
+
+def library_sinks(folder):
+    name = "model.layers.1.self_attn."
+    return {name + "attention_sink_bias": None, name + "sinks": torch.zeros(4, dtype=torch.bfloat16)}
+
+
+def stacked_experts(folder):
+    names = [n for n in Checkpoint(folder).names if ".mlp.experts." in n]
+    return dict.fromkeys(names) | {"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 96, 64).bfloat16()}
+
+
+def same_expert_twice(folder):
+    ends = (".weight", ".weight_scale")
+    return {EXPERT.replace("s.0.", "s.5.") + end: flipped(folder, EXPERT + end) for end in ends}
+
+
+def dead_expert(folder):
+    return {EXPERT + ".weight": torch.zeros_like(flipped(folder, EXPERT + ".weight"))}
+
+
+def dead_rows(folder):
+    codes = flipped(folder, EXPERT + ".weight")
+    codes[1:] = 0
+    return {EXPERT + ".weight": codes}
+
+
+def wide_scales(folder):
+    scale = flipped(folder, EXPERT + ".weight_scale")
+    scale[0, 0] -= 20
+    return {EXPERT + ".weight_scale": scale}
+
+
 @pytest.mark.parametrize(
     ("damage", "name", "part"),
     [
-        (drop_scale_inv, "missing", QKV + ".weight_scale_inv"),
+        (wide_scales, "scale-span", "powers of two"),
+        (lost_norm, "missing", "model.norm.weight"),
+        (extra_tensor, "unknown", "shared.weight"),
+        (float_norm, "dtype", "model.norm.weight is F32, expected BF16"),
+        (float_scale, "scale-dtype", EXPERT),
+        (renamed_scale, "scale-name", EXPERT + ".weight_scale_inv"),
+        (renamed_scale, "scale-missing", EXPERT + ".weight_scale"),
+        (tensor_scale, "extra-scales", "input_scale"),
+        (doubled_kv_heads, "qkv-rows", "[512, 96], expected [352, 96]"),
+        (scale_rows_of_one_grid, "qkv-scale-rows", "[3, 1], expected [4, 1]"),
+        (quantized_o_proj, "o-proj-dtype", "o_proj.weight is F8_E4M3, expected BF16"),
+        (sink_on_a_full_layer, "layer-pattern", "layers.0.self_attn.attention_sink_bias"),
+        (renamed_mtp_norm, "mtp-tensors", "pre_mlp_layernorm"),
+        (library_sinks, "library-names", "self_attn.sinks"),
+        (stacked_experts, "library-names", "mlp.experts.down_proj"),
+        (same_expert_twice, "duplicate-experts", f"{EXPERT.replace('s.0.', 's.5.')}.weight = {EXPERT}.weight"),
+        (dead_expert, "dead-experts", EXPERT),
+        (dead_rows, "dead-blocks", "blocks are all zero"),
+        (drop_scale_inv, "scale-missing", QKV + ".weight_scale_inv"),
         (wrong_shape, "shape", "model.norm.weight is [95], expected [96]"),
-        (wrong_dtype, "dtype", "e_score_correction_bias is BF16, expected F32"),
-        (merged_drafter, "unknown", "fc.weight"),
+        (wrong_dtype, "router-bias-dtype", "e_score_correction_bias is BF16, expected F32"),
+        (merged_drafter, "drafter-in-index", "fc.weight"),
         (nan_scale, "scale-nan", EXPERT),
         (minus_zero, "minus-zero", "2 codes"),
         (short_blocks, "qkv-block-amax", QKV),
@@ -143,6 +254,21 @@ def test_block_amax_detects_a_wrong_row_map():
 @pytest.mark.parametrize(
     ("file", "changes", "name", "part"),
     [
+        ("config.json", {"layernorm_epsilon": None, "rms_norm_eps": 1e-5}, "norm-epsilon", "no layernorm_epsilon"),
+        ("config.json", {"rms_norm_eps": 1e-6}, "norm-epsilon", "rms_norm_eps is 1e-06, layernorm_epsilon 1e-05"),
+        ("config.json", {"rope_theta": None}, "rope-theta", "no rope_theta"),
+        ("config.json", {"attention_chunk_size": 128}, "attention-chunk", "is 128"),
+        ("config.json", {"sliding_window_size": 9}, "window-keys", "is 8, sliding_window_size 9"),
+        ("config.json", {"model_type": "mimo_v2_flash"}, "architecture", "'mimo_v2_flash'"),
+        ("config.json", {"conversion_metadata": {"qkv_layout": "global_q_k_v"}}, "qkv-order", "global_q_k_v"),
+        ("config.json", {"num_nextn_predict_layers": None}, "mtp-unstated", "1 MTP blocks"),
+        ("config.json", {"quantization_config": {"ignored_layers": ["lm_head"]}}, "ignored-layers-extra", "lm_head"),
+        ("config.json", {"hybrid_layer_pattern": [1, 0, 0, 1]}, "layer-pattern", "attention_sink_bias"),
+        ("config.json", {"swa_num_key_value_heads": 2}, "qkv-rows", "self_attn.qkv_proj.weight is"),
+        ("model.safetensors.index.json", {"metadata": {"scale_rule": "rceil"}}, "scale-rule", "'rceil'"),
+        ("dflash/config.json", {"is_neox_style": False}, "drafter-neox", "False"),
+        ("dflash/config.json", {"num_speculative_tokens": 8}, "drafter-draft-length", "8, block_size 8"),
+        ("dflash/config.json", {"rope_theta": 1e7, "rope_parameters": None}, "drafter-rope-theta", "1e+07"),
         ("config.json", {"quantization_config": None}, "quantization-config", "has none"),
         ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantization-config", "store_dtype is None"),
         ("config.json", {"quantization_config": {"ignored_layers": []}}, "ignored-layers-lack", "5: model.layers.0"),
@@ -153,7 +279,7 @@ def test_block_amax_detects_a_wrong_row_map():
         ("config.json", {"vision_config": {"depth": 1}}, "towers", "vision_config"),
         ("config.json", {"auto_map": {"AutoModel": "absent.Class"}}, "remote-code", "absent.py"),
         ("config.json", {"auto_map": 3}, "unreadable", "model_keys"),
-        ("config.json", {"moe_router_dtype": "bfloat16"}, "dtype", "mlp.gate.weight is F32, expected BF16"),
+        ("config.json", {"moe_router_dtype": "bfloat16"}, "router-dtype", "mlp.gate.weight is F32, expected BF16"),
         ("config.json", {"layernorm_epsilon": None}, "unreadable", "layernorm_epsilon"),
         ("config.json", {"vocab_size": 400}, "tokenizer-size", "500 ids"),
         ("config.json", {"num_key_value_heads": "2"}, "unreadable", "num_key_value_heads"),
@@ -187,7 +313,7 @@ def test_checksums_are_compared_when_everything_is_read(release):
     path = release.path / "modeling_mimo_v2.py"
     path.write_bytes(path.read_bytes()[:-1] + b"#")
     assert "manifest" in check(release.path)[1]
-    assert "manifest" not in check(release.path, samples=4)[1]
+    assert "manifest" not in check(release.path, samples=4, deep=False)[1]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +380,156 @@ def test_drafter_of_a_published_release_gets_its_warnings(drafter_folder):
     assert expected | {"drafter-mask-norm"} <= names
 
 
+def nested(folder, key, **changes):
+    path = folder / "dflash" / "config.json"
+    config = json.loads(path.read_text())
+    config[key] = {k: v for k, v in (config[key] | changes).items() if v is not None}
+    path.write_text(json.dumps(config))
+
+
+def saved_mask(folder, token, value=1.0):
+    torch.save({"mask_token_id": token, "embedding": torch.full((96,), value).bfloat16()}, folder / "mask_embedding.pt")
+
+
+def causal(folder):
+    nested(folder, "dflash_config", causal=True)
+    path = folder / "dflash/config.json"
+    path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
+
+
+def no_layer_ids(folder):
+    nested(folder, "dflash_config", target_layer_ids=None)
+
+
+def formula_layer_ids(folder):
+    """A deep target whose drafter taps what generic trainers do."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 70, "hybrid_layer_pattern": None, "moe_layer_freq": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    nested(folder, "dflash_config", target_layer_ids=[1, 18, 34, 50, 67])
+
+
+def value_scale(folder, scale):
+    config = json.loads((folder / "config.json").read_text()) | {"attention_value_scale": 0.707}
+    (folder / "config.json").write_text(json.dumps(config))
+    nested(folder, "dflash_config", attention_value_scale=scale)
+
+
+def sinkless(folder):
+    nested(folder, "dflash_config", attention_sink_bias=False)
+    path = folder / "dflash/config.json"
+    path.write_text(
+        path.read_text().replace('"add_swa_attention_sink_bias": true', '"add_swa_attention_sink_bias": false')
+    )
+
+
+def other_drafter_weights(folder):
+    path = folder / "dflash/dflash_draft_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "part"),
+    [
+        (causal, "drafter-is-causal", "true"),
+        (no_layer_ids, "drafter-layer-ids", "no target_layer_ids"),
+        (formula_layer_ids, "drafter-layer-ids", "[1, 18, 34, 50, 67] are those of a generic formula"),
+        (lambda f: value_scale(f, None), "drafter-value-scale", "no attention_value_scale"),
+        (lambda f: value_scale(f, 0.707), "drafter-value-scale", "is the target's own"),
+        (lambda f: nested(f, "dflash_config", backbone_rotary_base=5e6), "drafter-rope-base", "backbone"),
+        (sinkless, "drafter-sinks", "no attention sinks"),
+        (sinkless, "drafter-tensors", "attention_sink_bias"),
+        (lambda f: (f / "dflash/mask_embedding.pt").unlink(), "drafter-mask-absent", "no mask_embedding.pt"),
+        (lambda f: saved_mask(f / "dflash", 7), "drafter-mask-id", "is for id 7, the config says 511"),
+        (lambda f: saved_mask(f / "dflash", 511, 1e-6), "drafter-mask-norm", "norm 9.8e-06"),
+        (lambda f: (f / "dflash/dflash.py").unlink(), "drafter-code", "no dflash.py"),
+        (other_drafter_weights, "drafter-target-weights", "only weights of the drafter"),
+        (lambda f: (f / "dflash/config.json").write_text((f / "dflash/config.json").read_text().rstrip()[:-1] + ",}"),
+         "drafter-json", "trailing comma"),
+    ],
+)  # fmt: skip
+def test_drafter_pitfalls_are_found(release, damage, name, part):
+    damage(release.path)
+    document, _ = check(release.path)
+    assert part in " ".join(f["what"] for f in document["findings"] if f["name"] == name)
+    assert document["ok"] == (not any(f["severity"] == "error" for f in document["findings"]))
+
+
+@pytest.mark.parametrize("dialect", ["mimo", "compressed-tensors", "bf16"])
+def test_every_dialect_is_clean(release, tmp_path, dialect):
+    convert(ConvertConfig(target=str(release.path), out=str(tmp_path / "out"), dialect=dialect))
+    document, found = check(tmp_path / "out")
+    assert document["ok"] and found == {}
+    assert document["experts"] == {"mimo": "mxfp4", "bf16": "bf16"}.get(dialect, "mxfp4-packed")
+
+
+@pytest.fixture
+def packed_qwen(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"model.embed_tokens.weight": (8, 64), "lm_head.weight": (8, 64), "model.norm.weight": (64,)}
+    tensors["model.layers.0.self_attn.q_proj.weight"] = (64, 64)
+    tensors |= {f"model.layers.0.mlp.experts.{e}.up_proj.weight": (32, 64) for e in range(4)}
+    source = tmp_path / "qwen"
+    source.mkdir()
+    save_file(
+        {n: torch.randn(s, generator=generator).bfloat16() for n, s in tensors.items()}, source / "model.safetensors"
+    )
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "vocab_size": 8}))
+    write_tokenizer(source, 8)
+    for dialect in ("compressed-tensors", "bf16"):
+        convert(ConvertConfig(target=str(source), out=str(tmp_path / dialect), dialect=dialect))
+    return tmp_path
+
+
+def write_tokenizer(folder, size):
+    document = {"model": {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(size)}}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+def test_other_families_are_checked_too(packed_qwen):
+    for dialect in ("compressed-tensors", "bf16"):
+        document, found = check(packed_qwen / dialect)
+        assert document["ok"] and found == {} and document["expert_tensors"] == {"bf16": 4}.get(dialect, 8)
+    assert check(packed_qwen / "compressed-tensors")[0]["rules_that_fit"] == ["even", "floor", "mse"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "part"),
+    [
+        ({"quantization_config": None}, "quantization-config", "has none, but experts are packed"),
+        ({"quantization_config": {"format": "nvfp4-pack-quantized"}}, "quantization-config", "'nvfp4-pack-quantized'"),
+        ({"quantization_config": {"ignore": ["lm_head"]}}, "ignored-layers-lack", "1: model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_wrong_compressed_tensors_config(packed_qwen, edit_json, change, name, part):
+    edit_json(packed_qwen / "compressed-tensors" / "config.json", change)
+    document, _ = check(packed_qwen / "compressed-tensors")
+    assert part in " ".join(f["what"] for f in document["findings"] if f["name"] == name)
+
+
+def test_a_packed_weight_without_its_scale(packed_qwen, rewrite):
+    base = "model.layers.0.mlp.experts.2.up_proj"
+    rewrite(packed_qwen / "compressed-tensors", {base + ".weight_scale": None})
+    assert "scale-missing" in check(packed_qwen / "compressed-tensors")[1]
+
+
+def test_published_headers_are_checked_without_data(tmp_path):
+    """A release of 1.02 trillion parameters as sparse files: the layout is proved from headers alone."""
+    config = json.loads((Path(__file__).parents[2] / "recipes/model/mimo-v2.5-pro.json").read_text())
+    specs = layout.target_tensors(config, mtp_layers=3)
+    config["quantization_config"] = layout.quantization_config(config, mtp_layers=3)
+    for file, members in layout.files_of(specs).items():
+        header = layout.header_bytes(members)
+        with (tmp_path / file).open("wb") as f:
+            f.write(header)
+            f.truncate(len(header) + sum(s.nbytes for s in members))
+    write_index(tmp_path, specs, {"save_format": "mxfp4", "tp_size": 8})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    document, found = check(tmp_path, samples=0, deep=False)
+    assert document["ok"] and (document["tensors"], document["bytes"]) == (159_581, 564_286_050_048)
+    assert {f["severity"] for f in found.values() if f["name"] not in ("tokenizer-absent", "remote-code")} <= {"note"}
+
+
 @pytest.mark.parametrize("rule", mxfp4.RULES)
 def test_the_histogram_narrows_down_the_rule(release, rewrite, rule):
     generator = torch.Generator().manual_seed(0)
@@ -273,3 +549,9 @@ def test_the_histogram_narrows_down_the_rule(release, rewrite, rule):
 def test_every_kind_says_what_it_causes():
     assert all(severity in ("error", "warning", "note") and causes for severity, causes, _ in KINDS.values())
     assert all("\n" not in causes + remedy for _, causes, remedy in KINDS.values())
+
+
+def test_every_kind_has_a_corrupted_fixture():
+    """Each name appears beside the damage that makes it appear."""
+    quoted = set(re.findall(r'"([a-z0-9-]+)"', Path(__file__).read_text()))
+    assert set(KINDS) <= quoted, set(KINDS) - quoted

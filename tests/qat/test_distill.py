@@ -32,7 +32,7 @@ from mimo_qat.distill.objective import (
 )
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.taps import Taps
-from mimo_qat.distill.train import DistillConfig, Distiller, distill, new_drafter, spread_layers
+from mimo_qat.distill.train import DistillConfig, Distiller, distill, new_drafter, tapped_layers
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 from mimo_qat.models.dflash_files import load_drafter
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
@@ -235,11 +235,14 @@ def test_taps_are_layer_outputs_before_the_final_norm(tiny_model):
         Taps(tiny_model, [4])
 
 
-def test_spread_layers():
-    assert spread_layers(48, 5) == [0, 11, 23, 35, 47]  # as published
-    assert spread_layers(4, 4) == [0, 1, 2, 3] and spread_layers(9, 1) == [4]
+def test_taps_are_spread_over_the_full_attention_layers(tiny_model, tmp_path):
+    assert tiny_model.config.hybrid_layer_pattern == [0, 1, 1, 0]
+    assert tapped_layers(settings(tmp_path, num_taps=2), tiny_model) == [0, 3]
+    assert tapped_layers(settings(tmp_path, num_taps=4), tiny_model) == [0, 1, 2, 3]  # fewer full layers than taps
+    assert tapped_layers(settings(tmp_path, num_taps=1), tiny_model) == [2]
+    assert tapped_layers(settings(tmp_path, target_layer_ids=[2, 1]), tiny_model) == [2, 1]
     with pytest.raises(ValueError, match="num_taps is 5"):
-        spread_layers(4, 5)
+        tapped_layers(settings(tmp_path, num_taps=5), tiny_model)
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------
@@ -383,6 +386,14 @@ def test_the_loss_falls_in_bfloat16(tiny_model, tmp_path, optimizer):
     assert all(p.dtype == torch.bfloat16 for p in run.drafter.parameters())
     for name, parameter in run.drafter.named_parameters():
         assert torch.equal(parameter, run.optimizer.masters[name].bfloat16()), name
+
+
+def test_an_untrained_drafter_is_unsure_and_not_wrong_with_confidence(tiny_model, tmp_path):
+    with torch.no_grad():
+        tiny_model.model.norm.weight.fill_(20.0)  # logits of a random direction would have a deviation near 10
+    config = settings(tmp_path)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), packed_rows())
+    assert abs(run.teacher_forced()["eval_loss"] - math.log(512) - 0.5) < 0.3  # log V + variance / 2
 
 
 def test_gradients_reach_every_parameter_and_none_of_the_target(tiny_model, tmp_path):

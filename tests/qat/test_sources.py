@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from mimo_kernels import fp8, mxfp4
 from mimo_qat import workers
 from mimo_qat.checkpoint import layout
-from mimo_qat.checkpoint.check import block_amax
 from mimo_qat.checkpoint.reader import Checkpoint
-from mimo_qat.checkpoint.writer import write_index, write_tensors
+from mimo_qat.checkpoint.values import block_amax
+from mimo_qat.checkpoint.writer import write_bf16_folder, write_index, write_tensors
 from mimo_qat.convert import ConvertConfig, main
 from mimo_qat.sources import Source
 
@@ -226,3 +226,33 @@ def test_a_narrow_source_reads_the_same(bf16_folder):
         == whole.view(torch.uint8).numpy().tobytes()
     )
     part.checkpoint.close()
+
+
+GEOMETRIES = {"pro": (8, 128, 8, [3392, 3392]), "flash": (4, 64, 8, [3392, 3712])}
+
+
+@pytest.mark.parametrize("size", GEOMETRIES)
+def test_the_chunk_map_of_the_published_geometries(tmp_path, tensors_of, size):
+    """Head counts and sizes of the published models over a narrow hidden size: a BF16 source is fused in chunks of
+    3392 or 3712 rows, each with a block grid of its own. Every block then holds a 448; under a grid that goes over
+    all rows, or over one chunk a key-value head, some do not."""
+    chunks, heads, swa_kv, chunk_rows = GEOMETRIES[size]
+    config = {"model_type": "mimo_v2", "num_attention_heads": heads, "num_key_value_heads": chunks}
+    config |= {"swa_num_key_value_heads": swa_kv, "head_dim": 192, "v_head_dim": 128, "hidden_size": 128}
+    config |= {"vocab_size": 8, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    config |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "n_routed_experts": 2}
+    config |= {"num_experts_per_tok": 1, "layernorm_epsilon": 1e-5, "rope_theta": 1e7, "sliding_window": 128}
+    specs = layout.target_tensors(config, experts="bf16", spine="bf16")
+    write_bf16_folder(tmp_path / "split", config, tensors_of(specs))
+    run(tmp_path / "split", tmp_path / "out")
+    source, out = Checkpoint(tmp_path / "split"), Checkpoint(tmp_path / "out")
+    for layer, rows in enumerate(chunk_rows):
+        name = f"model.layers.{layer}.self_attn.qkv_proj"
+        codes = out.raw(name + ".weight").view(torch.uint8) & 0x7F
+        assert codes.shape[0] == rows * chunks
+        assert out.raw(name + ".weight_scale_inv").shape[0] == chunks * -(-rows // 128)
+        assert (block_amax(codes, rows) == 0x7E).all()
+        for wrong in [rows // 2, *([None] if rows % 128 else [])]:  # 3712 rows are whole blocks: one grid fits too
+            assert (block_amax(codes, wrong) != 0x7E).any(), wrong
+        for ours, theirs in zip(out.qkv(layer, torch.float32), source.qkv(layer, torch.float32), strict=True):
+            assert (ours - theirs).abs().max() <= theirs.abs().max() / 16  # half a step of E4M3 at the top
