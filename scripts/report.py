@@ -39,7 +39,8 @@ def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
         "qad_steps": qad["steps"],
     }
     decoding = {k: bench["conditions"]["settings"][k] for k in ("max_new_tokens", "temperature", "dtype", "seed")}
-    decoding |= {"block": bench["conditions"]["block"], "prompts": bench["prompts"], "aggregate": "pooled", "ngram_lookup": bench["lookup_length"]}
+    decoding |= {"block": bench["conditions"]["block"], "prompts": bench["prompts"], "aggregate": "pooled"}
+    decoding["ngram_lookup"] = bench["lookup_length"]
     table: list[tuple[str, float, str, dict[str, Any], str]] = [
         ("kl_rtn", plain["kl_mean"], "nats/token", held_out, "quality"),
         ("kl_qad", release["kl_mean"], "nats/token", held_out, "quality"),

@@ -293,9 +293,7 @@ class DraftGeometry:
         """Geometry of a drafter from its parsed config.json; a key stated twice with two values is a ValueError."""
         inner, rope = draft_config.get("dflash_config") or {}, draft_config.get("rope_parameters") or {}
         if not isinstance(inner, dict) or not isinstance(rope, dict):
-            raise ValueError(
-                "the drafter's dflash_config and rope_parameters must be objects; copy them from the source"
-            )
+            raise ValueError("the drafter's dflash_config and rope_parameters must be objects; copy them")
 
         def agreed(name: str, *values: Any, default: Any = None) -> Any:
             stated = [v for v in values if v is not None]
@@ -320,9 +318,7 @@ class DraftGeometry:
             raise ValueError(f"the drafter's layer_types are {brief(stated_types)}; write a list of names")
         types = set(stated_types)
         if len(types) > 1:
-            raise ValueError(
-                f"the drafter mixes {sorted(types)} layers; only one attention kind for all is implemented"
-            )
+            raise ValueError(f"the drafter mixes {sorted(types)} layers; give all of them one attention kind")
         slides = inner.get("use_swa") or draft_config.get("use_sliding_window") or types == {"sliding_attention"}
         window = agreed(
             "sliding_window", draft_config.get("sliding_window"), inner.get("swa_window_size"), default=False
@@ -370,14 +366,14 @@ def default_target_layer_ids(geometry: Geometry, taps: int = 5) -> list[int]:
     """The layers a drafter reads: full-attention layers floor(i * (n - 1) / (taps - 1)), i = 0..taps-1, of n.
 
     Gives [0, 15, 31, 47, 69] for MiMo-V2.5-Pro and [0, 11, 23, 35, 47] for MiMo-V2.5, as published. A model with
-    fewer full-attention layers than taps is tapped over all its layers, each at most once.
+    fewer full-attention layers than taps is tapped over all its layers, each at most once; one tap is the middle layer.
     """
     if taps == 1:
         return [geometry.num_hidden_layers // 2]
     layers = geometry.full_attention_layers
     if len(layers) < taps:
         layers = list(range(geometry.num_hidden_layers))
-    return sorted({layers[i * (len(layers) - 1) // max(taps - 1, 1)] for i in range(taps)})
+    return sorted({layers[i * (len(layers) - 1) // (taps - 1)] for i in range(taps)})
 
 
 def default_drafter_config(config: Config, *, num_hidden_layers: int = 5, mask_token_id: int | None = None) -> Config:

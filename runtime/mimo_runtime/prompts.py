@@ -19,7 +19,8 @@ class Prompt:
 def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of a .jsonl file of {"prompt": ..., "domain": ...} (domain may be absent), or the bundled ones.
 
-    A row {"messages": [...]} counts as its first user message, so files of training rows serve as well. `limit` takes that many, evenly spaced, so that every domain stays. ValueError names a line that is not a prompt.
+    A row {"messages": [...]} counts as its first user message, so files of training rows serve as well. `limit`
+    takes that many, evenly spaced, so that every domain stays. ValueError names a line that is not a prompt.
     """
     path = Path(path) if path else BUNDLED
     if not path.is_file():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mimo_qat.cli import main as console_script
 from mimo_qat.cli import VERBS
+from mimo_qat.cli import main as console_script
 from mimo_qat.commands import run
 
 

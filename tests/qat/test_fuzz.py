@@ -205,6 +205,7 @@ def test_configs(folder, capsys):
     assert check(CheckConfig(folder=str(folder)))["ok"]
 
 
+@pytest.mark.filterwarnings("ignore:.*trailing comma")
 def test_drafter_configs(folder, capsys):
     path = folder / "dflash" / "config.json"
     config = json.loads(path.read_text())

@@ -121,7 +121,7 @@ def test_drafter_taps_of_a_small_model(tiny_config):
     g = Geometry.from_config(tiny_config)
     assert layout.default_drafter_config(tiny_config)["dflash_config"]["target_layer_ids"] == [0, 1, 2, 3]
     assert geometry.default_target_layer_ids(g, taps=2) == [0, 3]
-    assert geometry.default_target_layer_ids(g, taps=1) == [0]
+    assert geometry.default_target_layer_ids(g, taps=1) == [2]  # the middle layer
 
 
 def test_small_geometry_has_ceiled_blocks():
