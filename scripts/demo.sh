@@ -7,7 +7,7 @@
 # done is not done again; a killed one continues. Delete runs/demo (or runs/demo-quick) to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=runs/demo recipe=demo prompts=192 new_tokens=96 windows=12 bench_prompts=8 bench_tokens=64
+out=runs/demo recipe=demo prompts=320 new_tokens=80 windows=12 bench_prompts=10 bench_tokens=64
 if [ "${1:-}" = --quick ]; then
     out=runs/demo-quick recipe=demo-quick prompts=48 new_tokens=64 windows=4 bench_prompts=3 bench_tokens=32
 elif [ $# -gt 0 ]; then
@@ -46,7 +46,7 @@ mimo-runtime() { $python -m mimo_runtime "$@"; }
 step upcycle mimo-qat upcycle --output_dir $out/moe
 step qad mimo-qat qat --config recipes/qat/$recipe.yaml --model $out/moe --output_dir $out/qat
 step answer mimo-qat answer --target $out/qat --prompts stdlib --output $out/answers.jsonl \
-    --limit $prompts --max_new_tokens $new_tokens --batch_size 48
+    --limit $prompts --max_new_tokens $new_tokens --batch_size 64
 step distill mimo-qat distill --config recipes/distill/$recipe.yaml --target $out/qat --data $out/answers.jsonl \
     --output_dir $out/drafter
 step convert mimo-qat convert --target $out/qat --drafter $out/drafter/dflash --out $out/release --overwrite true

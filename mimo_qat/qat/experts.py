@@ -6,6 +6,7 @@ most common failure of expert quantization, so the count is proved here and prin
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class TokenCounts:
     """Counts the tokens that the routers send to each expert: `counts` [MoE layers, E] int64."""
 
     def __init__(self, model: nn.Module):
-        self.routers = [m.gate for m in model.modules() if hasattr(m, "experts") and hasattr(m, "gate")]
+        self.routers: list[Any] = [m.gate for m in model.modules() if hasattr(m, "experts") and hasattr(m, "gate")]
         self.counts = torch.zeros(len(self.routers), max(len(r.weight) for r in self.routers), dtype=torch.int64)
 
     @contextmanager

@@ -37,6 +37,7 @@ class SnappedCopy:
 
     def _move_gradient(self, name: str, param: torch.Tensor) -> None:
         master = self.masters[name]
+        assert param.grad is not None
         if master.grad is None:
             master.grad = param.grad.float()
         else:

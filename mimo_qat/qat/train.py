@@ -102,7 +102,8 @@ class Trainer:
         set_seed(config.seed)
         # Resuming must give the same bytes. CUDA kernels without a deterministic form warn and run.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
+        # A debugging aid that costs a sixth of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.tokenizer = data.load_tokenizer(config.model)
         self.model = load_model(config.model, dtype=torch.bfloat16, device=self.accelerator.device)
         self.model.requires_grad_(False)
