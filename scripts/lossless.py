@@ -1,0 +1,79 @@
+"""python scripts/lossless.py runs/demo/release: proves on real prompts that drafts change no token.
+
+Greedy output without a drafter is compared, token for token, with the output of the release's own drafter, of a
+drafter with random weights, and of forced acceptance lengths 0, 1, ..., block - 1 in turn. Prints one JSON document
+last and exits with 1 if any token differs.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+from mimo_runtime.bench import conditions
+from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.engine import Engine, Generation
+from mimo_runtime.load import Drafter
+from mimo_runtime.prompts import encode, load_prompts, load_tokenizer
+from tqdm import tqdm
+
+
+def randomised(drafter: Drafter) -> Drafter:
+    """The same drafter with random layers: what it proposes is noise."""
+    torch.manual_seed(0)
+
+    def noise(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None or t.dim() < 2 else torch.randn_like(t) * t.float().std().to(t.dtype)
+
+    layers = []
+    for layer in drafter.layers:
+        random = {name: noise(value) for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+        layers.append(replace(layer, **{name: value for name, value in random.items() if value is not None}))
+    fc = noise(drafter.fc)
+    assert fc is not None
+    return replace(drafter, fc=fc, layers=tuple(layers))
+
+
+def acceptance(runs: list[Generation]) -> float:
+    """Committed tokens a verification, pooled, without the rounds that the end of a text cut."""
+    rounds = [r for run in runs for r in run.rounds if not r.cut]
+    return sum(r.accepted + 1 for r in rounds) / len(rounds)
+
+
+def main() -> int:
+    """Runs every prompt in every way; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--prompts", type=int, default=20, help="how many of the bundled prompts, evenly spread")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    options = parser.parse_args()
+    engine = Engine(options.folder, EngineConfig(dtype=options.dtype, max_len=1024))
+    if engine.drafter is None:
+        parser.error(f"{options.folder} has no drafter; give a release with dflash/")
+    tokenizer, trained = load_tokenizer(options.folder), engine.drafter
+    sampling = SamplingConfig(max_new_tokens=options.max_new_tokens)
+    every_length = list(range(engine.block))
+    runs: dict[str, list[Generation]] = {"plain": [], "drafter": [], "random drafter": [], "forced 0 to B-1": []}
+    for prompt in tqdm(load_prompts(None, options.prompts), desc="prompts"):
+        ids = encode(tokenizer, prompt.text)
+        runs["plain"].append(engine.generate(ids, sampling, speculate=False))
+        runs["drafter"].append(engine.generate(ids, sampling))
+        engine.drafter = randomised(trained)
+        runs["random drafter"].append(engine.generate(ids, sampling))
+        engine.drafter = trained
+        runs["forced 0 to B-1"].append(engine.generate(ids, sampling, forced_acceptance=every_length))
+    plain = [run.tokens for run in runs.pop("plain")]
+    result = {}
+    for way, found in runs.items():
+        same = sum(run.tokens == tokens for run, tokens in zip(found, plain, strict=True))
+        result[way] = {"identical": same, "of": len(plain), "acceptance_length": acceptance(found)}
+        print(f"{way:16} {same}/{len(plain)} identical, acceptance length {acceptance(found):.2f}")
+    ok = all(row["identical"] == row["of"] for row in result.values())
+    document = {"ok": ok, "tokens": sum(map(len, plain)), "ways": result}
+    print(json.dumps(document | {"conditions": conditions(engine, vars(options))}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
