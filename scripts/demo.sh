@@ -7,7 +7,7 @@
 # done is not done again; a killed one continues. Delete runs/demo (or runs/demo-quick) to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=runs/demo recipe=demo prompts=320 new_tokens=80 windows=12 bench_prompts=10 bench_tokens=64
+out=runs/demo recipe=demo prompts=256 new_tokens=80 windows=12 bench_prompts=10 bench_tokens=64
 if [ "${1:-}" = --quick ]; then
     out=runs/demo-quick recipe=demo-quick prompts=48 new_tokens=64 windows=4 bench_prompts=3 bench_tokens=32
 elif [ $# -gt 0 ]; then

@@ -10,12 +10,13 @@ import json
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
+
 from mimo_runtime.bench import conditions
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter
 from mimo_runtime.prompts import encode, load_prompts, load_tokenizer
-from tqdm import tqdm
 
 
 def randomised(drafter: Drafter) -> Drafter:
