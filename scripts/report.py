@@ -135,17 +135,19 @@ def plot(folder: Path, steps: Documents) -> None:
         lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"], line[key]) for line in lines if key in line]
         axis.plot(*zip(*curve, strict=True))
-        axis.set(title=title, xlabel="step", ylabel="nats a token", ylim=(0, None))
+        axis.set(title=title, xlabel="step", ylabel="nats a token")
     axes[0].axhline(steps["qad"]["kl_rtn"], color="gray", linestyle=":", label="round to nearest, held out")
     axes[0].plot(steps["qad"]["steps"], steps["qad"]["kl_qad"], "o", label="QAD, held out")
     axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes[:2]:
+        axis.set_ylim(bottom=0)
     rows = {n: r for n, r in steps["quality"]["rows"].items() if n != "reference"}
     axes[2].barh(list(rows)[::-1], [r["kl_mean"] for r in rows.values()][::-1])
     axes[2].set(title="KL to the unquantized model", xlabel="nats a token")
     accepted = steps["bench"]["acceptance"]
     survival = accepted["survival"]
     axes[3].bar(range(1, len(survival) + 1), survival)
-    axes[3].set(title=f"Draft slots accepted (length {accepted['length']:.2f})", xlabel="slot", ylim=(0, 1))
+    axes[3].set(title=f"Slots accepted (length {accepted['length']:.2f})", xlabel="slot", ylim=(0, 1))
     figure.savefig(folder / "report.png", dpi=110)
 
 
