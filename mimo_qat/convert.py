@@ -16,6 +16,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from mimo_qat import models
 from mimo_qat.checkpoint.folder import inside
 from mimo_qat.checkpoint.geometry import Geometry
 from mimo_qat.checkpoint.layout import Spine, files_of, header_bytes, read_json, totals
-from mimo_qat.checkpoint.reader import read_drafter
+from mimo_qat.checkpoint.reader import open_drafter
 from mimo_qat.checkpoint.writer import MANIFEST_FILE, PT_METADATA, file_sha256, write_drafter, write_index
 from mimo_qat.dialects import Dialect, Plan, plan
 from mimo_qat.provenance import commit, versions, write_json
@@ -146,7 +147,7 @@ def _copy_side_files(source: Source, work: Path) -> list[str]:
 
 def _write_drafter(folder: Path, work: Path, geometry: Geometry) -> dict[str, int]:
     """dflash/ from a drafter's folder; ValueError where it belongs to another target."""
-    config, tensors, mask = read_drafter(folder)
+    config, tensors, mask = open_drafter(folder)
     if config["hidden_size"] != geometry.hidden_size:
         raise ValueError(
             f"{folder}: hidden_size {config['hidden_size']} is not the target's {geometry.hidden_size}; "
@@ -158,7 +159,9 @@ def _write_drafter(folder: Path, work: Path, geometry: Geometry) -> dict[str, in
         raise ValueError(
             f"{folder}: trained for {config['num_target_layers']} layers, the target has {layers}; retrain it"
         )
-    specs = write_drafter(work / "dflash", config, tensors, mask)
+    # One tensor at a time: a drafter may be larger than the memory that a conversion is allowed.
+    specs = write_drafter(work / "dflash", config, {n: partial(tensors.rows, n) for n in tensors.names}, mask)
+    tensors.close()
     shutil.copyfile(Path(models.__file__).parent / "modeling_dflash.py", work / "dflash" / "dflash.py")
     return {"tensors": len(specs), "bytes": totals(specs)[1]}
 

@@ -25,6 +25,7 @@ from mimo_kernels import fp8
 from mimo_qat.checkpoint.layout import Config, TensorSpec, files_of, quantization_config, target_tensors, totals
 from mimo_qat.checkpoint.writer import FileWriter, write_index
 from mimo_qat.provenance import hardware, versions
+from mimo_qat.workers import usable_cores
 
 if TYPE_CHECKING:
     from mimo_qat.convert import ConvertConfig
@@ -148,7 +149,7 @@ def bench(cfg: "ConvertConfig") -> dict[str, Any]:
     """The three measurements; `ok` says whether the bars of the conversion's speed are met."""
     from mimo_qat.convert import ConvertConfig, main
 
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     root = Path(tempfile.mkdtemp(prefix="bench.", dir=cfg.out or None))
     try:
         specs = synthetic(root / "in", PRO_LAYER | {"n_routed_experts": max(8, cfg.bench_experts)})

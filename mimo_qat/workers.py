@@ -139,12 +139,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_jobs(jobs: list[Job], workers: int | None) -> list[int]:
     """Writes the files of all jobs; returns the peak memory of each process besides this one.
 
     ValueError of the first that fails; the others stop after their tensor.
     """
-    total, cores = sum(job.nbytes for job in jobs), len(os.sched_getaffinity(0))
+    total, cores = sum(job.nbytes for job in jobs), usable_cores()
     if workers is None:
         workers = 1 if total < SMALL_BYTES else min(MAX_WORKERS, cores)
     workers = max(1, min(workers, len(jobs)))

@@ -86,13 +86,13 @@ class Journal:
         """Records tensors that are whole in the file `data` (a descriptor), `size` bytes of them."""
         self._unsynced += size
         if self._unsynced >= SYNC_BYTES:
-            os.fdatasync(data)
+            os.fsync(data)
         entry = {"tensors": digests} | ({} if changed is None else {"changed": changed})
         self._apply(entry)
         self._append(entry)
         if self._unsynced >= SYNC_BYTES:
             assert self._descriptor is not None
-            os.fdatasync(self._descriptor)
+            os.fsync(self._descriptor)
             self._unsynced = 0
 
     def finish(self, sha256: str) -> None:

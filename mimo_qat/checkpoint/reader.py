@@ -207,6 +207,12 @@ def read_drafter(folder: str | Path) -> tuple[Config, dict[str, torch.Tensor], t
 
     ValueError where a tensor is missing, unknown or of another shape, or where the sidecar does not fit the config.
     """
+    config, tensors, mask = open_drafter(folder)
+    return config, {name: tensors.raw(name) for name in tensors.names}, mask
+
+
+def open_drafter(folder: str | Path) -> tuple[Config, TensorFolder, torch.Tensor]:
+    """`read_drafter` with the tensors left in their files until they are asked for."""
     folder = drafter_folder(folder)
     config = read_draft_config(folder / "config.json")
     geometry = DraftGeometry.from_config(config)
@@ -220,7 +226,7 @@ def read_drafter(folder: str | Path) -> tuple[Config, dict[str, torch.Tensor], t
     if layers is not None and not all(0 <= i < layers for i in geometry.target_layer_ids):
         raise ValueError(f"{folder}: target_layer_ids {geometry.target_layer_ids} leave 0..{layers - 1}; correct them")
     mask = read_mask_embedding(folder / MASK_FILE, geometry.hidden_size, geometry.mask_token_id, geometry.vocab_size)
-    return config, {name: tensors.raw(name) for name in tensors.names}, mask
+    return config, tensors, mask
 
 
 @dataclass
