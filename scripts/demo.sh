@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=runs/demo recipe=demo prompts=256 new_tokens=80 windows=12 bench_prompts=10 bench_tokens=64
 if [ "${1:-}" = --quick ]; then
-    out=runs/demo-quick recipe=demo-quick prompts=24 new_tokens=48 windows=2 bench_prompts=2 bench_tokens=24
+    out=runs/demo-quick recipe=demo-quick prompts=24 new_tokens=48 windows=4 bench_prompts=2 bench_tokens=24
 elif [ $# -gt 0 ]; then
     echo "usage: bash scripts/demo.sh [--quick]" >&2
     exit 2
