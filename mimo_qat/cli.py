@@ -4,6 +4,8 @@ from mimo_qat.commands import Verb, run
 
 VERBS = {
     "upcycle": Verb("mimo_qat.models.upcycle", "UpcycleConfig", "dense model -> MiMo-V2 mixture of experts"),
+    "pack": Verb("mimo_qat.data", "PackConfig", "tokenize and pack a dataset once for many runs"),
+    "plan": Verb("mimo_qat.plan", "PlanConfig", "memory and time a GPU needs, from a config alone"),
     "qat": Verb("mimo_qat.qat.train", "QatConfig", "FP4 quantization-aware distillation of the experts"),
     "distill": Verb("mimo_qat.distill.train", "DistillConfig", "train a DFlash drafter for a target"),
     "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),

@@ -1,38 +1,48 @@
 """Rows, chat templates and packing: from a dataset's name to tensors.
 
 A row is {"messages": [{"role", "content"}, ...]}; {"conversations"}, {"prompt", "completion"} and {"text"} are read as
-well. A dataset is the path of a .jsonl file, the name of a dataset on the Hugging Face hub, or "stdlib": documented
-functions of this machine's Python standard library, a small real corpus that needs no download.
+well. A dataset is the path of a .jsonl file, the name of a dataset on the Hugging Face hub, or one of two real corpora
+that need no download: "stdlib", documented functions of this machine's Python standard library as chats, and
+"site-packages", the Python modules installed beside it as plain text.
+
+`mimo-qat pack` tokenizes and packs a dataset once, into a .safetensors file that every training run reads at once.
 """
 
 import ast
 import hashlib
+import heapq
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 Row = dict[str, Any]
+Packed = dict[str, torch.Tensor]
 
 
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """All rows of a dataset, in the `messages` (or `text`) form.
+def read_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
+    """The first `limit` (or all) rows of a dataset, in the `messages` (or `text`) form.
 
-    Raises ValueError for a file that is not there, a line that is not JSON and a row of no known form.
+    With a limit a hub dataset is streamed: nothing after those rows is downloaded. Raises ValueError for a file that is
+    not there, a line that is not JSON and a row of no known form.
     """
-    if str(source) == "stdlib":
-        return list(stdlib_rows())
+    if str(source) in CORPORA:
+        return list(islice(CORPORA[str(source)](), limit))
     path = Path(source)
     if path.suffix == ".jsonl" or path.exists():
         if not path.is_file():
             raise ValueError(f"{path}: no such file; give a .jsonl file, a hub dataset's name, or 'stdlib'")
-        return [_row(line, f"{path}:{n}") for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        lines = ((n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip())
+        return [_row(line, f"{path}:{n}") for n, line in islice(lines, limit)]
     from datasets import load_dataset
 
-    return [_row(row, f"{source}[{n}]") for n, row in enumerate(load_dataset(str(source), split=split))]
+    rows = load_dataset(str(source), split=split, streaming=limit is not None)
+    return [_row(row, f"{source}[{n}]") for n, row in enumerate(islice(rows, limit))]
 
 
 def _row(row: str | Row, where: str) -> Row:
@@ -92,10 +102,32 @@ def stdlib_rows(max_lines: int = 60) -> Iterator[Row]:
             }
 
 
+def module_rows(smallest: int = 500, largest: int = 200_000) -> Iterator[Row]:
+    """One text row for every Python module of `smallest` to `largest` bytes installed in site-packages, each text once.
+
+    What is installed decides what there is: a corpus for experiments, not for a published data set.
+    """
+    root, seen = Path(sysconfig.get_paths()["purelib"]), set()
+    for path in sorted(root.rglob("*.py")):
+        try:
+            if not smallest <= path.stat().st_size <= largest:
+                continue
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # test files that exist to be broken, dangling links
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield {"id": str(path.relative_to(root)), "text": text}
+
+
+CORPORA = {"stdlib": stdlib_rows, "site-packages": module_rows}
+
+
 def prompt_of(row: Row) -> str:
-    """What identifies a row: its first user message, or the beginning of its text."""
+    """What identifies a row: its first user message, or its `id`, or the beginning of its text."""
     if "messages" not in row:
-        return row["text"][:200]
+        return row.get("id") or row["text"][:200]
     return next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
 
 
@@ -116,31 +148,40 @@ def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a MiMo-V2 checkpoint folder; nothing in the folder is executed."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a checkpoint folder; nothing in the folder is executed."""
+    from transformers import AutoConfig, AutoTokenizer
 
     from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 
-    # With the configuration at hand transformers need not guess the model's type, and warn that it cannot.
-    config = MiMoV2Config.from_pretrained(folder)
+    # With the configuration at hand transformers need not guess the type of a MiMo-V2, and warn that it cannot.
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give a checkpoint folder")
+    kind = json.loads(path.read_text()).get("model_type")
+    config = (MiMoV2Config if kind == MiMoV2Config.model_type else AutoConfig).from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
 def tokenize_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """Token ids and a loss mask (1 on what an assistant says, or on all of a `text` row), cut at `max_length`.
+    """Token ids and a loss mask: 1 on what an assistant says, or on all of a `text` row.
 
-    Each assistant turn is tokenized apart from what precedes it, as it is when a server continues a prompt.
+    A chat is cut at `max_length`; a text goes on in the next example. Each assistant turn is tokenized apart from what
+    precedes it, as it is when a server continues a prompt.
     """
-    examples = []
-    for row in rows:
-        ids: list[int] = []
-        mask: list[int] = []
-        for text, supervised in _segments(row, tokenizer):
-            piece = tokenizer(text, add_special_tokens=False).input_ids
-            ids += piece
-            mask += [supervised] * len(piece)
-        if len(ids) > 1:
-            examples.append({"input_ids": ids[:max_length], "loss_mask": mask[:max_length]})
+    examples, rows = [], iter(rows)
+    while batch := list(islice(rows, 1000)):  # the tokenizer uses all cores within one call
+        segments = [(i, text, flag) for i, row in enumerate(batch) for text, flag in _segments(row, tokenizer)]
+        pieces = tokenizer([text for _, text, _ in segments], add_special_tokens=False).input_ids if segments else []
+        ids: list[list[int]] = [[] for _ in batch]
+        masks: list[list[int]] = [[] for _ in batch]
+        for (i, _, flag), piece in zip(segments, pieces, strict=True):
+            ids[i] += piece
+            masks[i] += [flag] * len(piece)
+        for row, tokens, mask in zip(batch, ids, masks, strict=True):
+            starts = range(0, len(tokens), max_length) if "messages" not in row else range(1)
+            for cut in (slice(start, start + max_length) for start in starts):
+                if len(tokens[cut]) > 1:
+                    examples.append({"input_ids": tokens[cut], "loss_mask": mask[cut]})
     return examples
 
 
@@ -170,35 +211,109 @@ def pack(examples: list[dict[str, list[int]]], max_length: int, pad_id: int) -> 
     row, -1 on padding) and `position_ids` (restart at every document; padding counts as a document of its own).
     """
     rows: list[list[dict[str, list[int]]]] = []
-    room: list[int] = []
+    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have it, lowest number first
     for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
         length = len(example["input_ids"])
         if length > max_length:
             raise ValueError(f"an example of {length} tokens does not fit max_length {max_length}; cut it first")
-        fitting = [i for i, free in enumerate(room) if free >= length]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-        else:
-            best = len(rows)
+        room = next((room for room in range(length, max_length + 1) if by_room[room]), None)
+        if room is None:
+            room, best = max_length, len(rows)
             rows.append([])
-            room.append(max_length)
+        else:
+            best = heapq.heappop(by_room[room])
         rows[best].append(example)
-        room[best] -= length
+        heapq.heappush(by_room[room - length], best)
     shape = (len(rows), max_length)
     out = {
         "input_ids": torch.full(shape, pad_id),
         "loss_mask": torch.zeros(shape, dtype=torch.long),
         "doc_ids": torch.full(shape, -1),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
     }
     for r, documents in enumerate(rows):
-        at = 0
-        for number, example in enumerate(documents):
-            end = at + len(example["input_ids"])
-            out["input_ids"][r, at:end] = torch.tensor(example["input_ids"])
-            out["loss_mask"][r, at:end] = torch.tensor(example["loss_mask"])
-            out["doc_ids"][r, at:end] = number
-            out["position_ids"][r, at:end] = torch.arange(end - at)
-            at = end
-        out["position_ids"][r, at:] = torch.arange(max_length - at)
-    return out
+        lengths = torch.tensor([len(e["input_ids"]) for e in documents])
+        end = int(lengths.sum())
+        out["input_ids"][r, :end] = torch.tensor([t for e in documents for t in e["input_ids"]])
+        out["loss_mask"][r, :end] = torch.tensor([m for e in documents for m in e["loss_mask"]])
+        out["doc_ids"][r, :end] = torch.arange(len(documents)).repeat_interleave(lengths)
+    return out | {"position_ids": positions(out["doc_ids"])}
+
+
+def positions(doc_ids: torch.Tensor) -> torch.Tensor:
+    """`position_ids` [rows, length] that restart where `doc_ids` [rows, length] changes."""
+    at = torch.arange(doc_ids.shape[1]).expand_as(doc_ids)
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return at - torch.where(starts, at, 0).cummax(1).values
+
+
+@dataclass(kw_only=True)
+class PackConfig:
+    """A dataset, tokenized, packed and split once for many runs."""
+
+    model: str
+    """folder whose tokenizer and chat template are used"""
+    output: str
+    """.safetensors file to write"""
+    dataset_name: str = "stdlib"
+    """rows: a .jsonl file, a hub dataset, "stdlib" or "site-packages" """
+    limit: int | None = None
+    """read only the first rows of the dataset"""
+    held_out: float = 0.1
+    """fraction of rows, chosen by a hash of the prompt, for evaluation"""
+    max_length: int = 1024
+    """tokens a packed row"""
+    seed: int = 0
+    """of the split"""
+
+
+def split_and_pack(rows: list[Row], tokenizer: Any, config: Any) -> tuple[Packed, Packed]:
+    """(training, held-out) packed rows; `config` has max_length, held_out and seed."""
+    pad = tokenizer.pad_token_id or 0
+    kept, held = (
+        pack(tokenize_rows(part, tokenizer, config.max_length), config.max_length, pad)
+        for part in split_rows(rows, config.held_out, config.seed)
+    )
+    return kept, held
+
+
+def load_packed(path: str | Path) -> tuple[Packed, Packed]:
+    """(training, held-out) rows of a file that `mimo-qat pack` wrote, as `pack` returns them."""
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; write it with mimo-qat pack")
+    stored, both = load_file(path), []
+    for part in ("train", "held_out"):
+        names = ("input_ids", "loss_mask", "doc_ids")
+        if any(f"{part}.{name}" not in stored for name in names):
+            raise ValueError(f"{path} has no {part} rows; write it with mimo-qat pack")
+        rows = {name: stored[f"{part}.{name}"].long() for name in names}
+        both.append(rows | {"position_ids": positions(rows["doc_ids"])})
+    return both[0], both[1]
+
+
+def main(config: PackConfig) -> dict[str, Any]:
+    """Writes the file and returns its figures; the digest identifies the tokens."""
+    from safetensors.torch import save_file
+
+    from mimo_qat.provenance import atomic_write
+
+    rows = read_rows(config.dataset_name, limit=config.limit)
+    kept, held = split_and_pack(rows, load_tokenizer(config.model), config)
+    narrow = {"input_ids": torch.int32, "loss_mask": torch.uint8, "doc_ids": torch.int16}
+    stored = {
+        f"{part}.{name}": packed[name].to(dtype).contiguous()
+        for part, packed in (("train", kept), ("held_out", held))
+        for name, dtype in narrow.items()
+    }
+    figures = {
+        "rows": len(kept["input_ids"]),
+        "held_out_rows": len(held["input_ids"]),
+        "tokens": int((kept["doc_ids"] >= 0).sum()),
+        "held_out_tokens": int((held["doc_ids"] >= 0).sum()),
+        "sha256": hashlib.sha256(stored["train.input_ids"].numpy().tobytes()).hexdigest(),
+    }
+    with atomic_write(config.output) as temporary:
+        save_file(stored, temporary, metadata={k: str(v) for k, v in figures.items()})
+    return {"file": config.output, **figures}

@@ -204,6 +204,16 @@ def snap_(param_bf16: torch.Tensor, master: torch.Tensor, rule: Rule = "even", *
 
     Both have the same shape and device. ValueError for a non-finite master: then some blocks may be written already.
     """
+    _check_pair(param_bf16, master, name)
+    if param_bf16.is_contiguous():
+        return _snap_into(param_bf16, master, rule, name, count=True)
+    new = snap(master, rule, name=name)
+    flips = int(torch.count_nonzero(param_bf16.contiguous().view(torch.int16) != new.view(torch.int16)))
+    param_bf16.copy_(new)
+    return flips
+
+
+def _check_pair(param_bf16: torch.Tensor, master: torch.Tensor, name: str) -> None:
     if param_bf16.dtype != torch.bfloat16:
         raise ValueError(f"{name}: the snapped copy is {param_bf16.dtype}; keep it in torch.bfloat16")
     if param_bf16.shape != master.shape or param_bf16.device != master.device:
@@ -211,11 +221,21 @@ def snap_(param_bf16: torch.Tensor, master: torch.Tensor, rule: Rule = "even", *
             f"{name}: the snapped copy is {_what(param_bf16)} and the master {_what(master)}; "
             "give both the same shape on the same device"
         )
-    if param_bf16.is_contiguous():
-        return _snap_into(param_bf16, master, rule, name, count=True)
-    new = snap(master, rule, name=name)
-    flips = int(torch.count_nonzero(param_bf16.contiguous().view(torch.int16) != new.view(torch.int16)))
-    param_bf16.copy_(new)
+
+
+def snap_each_(params_bf16: dict[str, torch.Tensor], masters: dict[str, torch.Tensor], rule: Rule = "even") -> int:
+    """`snap_` of every parameter; names key both. On a GPU the host waits once for all of them, not once for each."""
+    flips, contiguous_cuda = 0, {n: p for n, p in params_bf16.items() if p.is_cuda and p.is_contiguous()}
+    for name, param in params_bf16.items():
+        if name not in contiguous_cuda:
+            flips += snap_(param, masters[name], rule, name=name)
+    if contiguous_cuda:
+        from . import mxfp4_triton
+
+        for name, param in contiguous_cuda.items():
+            _check_pair(param, masters[name], name)
+            _check_weight(masters[name], rule, name)
+        flips += mxfp4_triton.snap_each_(contiguous_cuda, masters, rule)
     return flips
 
 

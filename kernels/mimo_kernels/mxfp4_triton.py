@@ -158,16 +158,37 @@ def snap_(out: torch.Tensor, w: torch.Tensor, rule: str, *, name: str, count: bo
 
     ValueError for a non-finite w; its finite blocks are written, the others keep their old values.
     """
-    blocks, counts = w.numel() // mxfp4.BLOCK, torch.zeros(2, dtype=torch.int64, device=w.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=w.device)
+    _launch_snap(out, w, counts, rule, count)
+    flips, bad = counts.tolist()
+    if bad:
+        mxfp4.raise_not_finite(name, bad)
+    return flips
+
+
+def snap_each_(params: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], rule: str) -> int:
+    """`snap_` of every contiguous `params[name]` from `weights[name]`, with one wait for all; the changed elements.
+
+    ValueError for the first non-finite weight; all the others are written by then.
+    """
+    device = next(iter(params.values())).device
+    counts = torch.zeros(len(params), 2, dtype=torch.int64, device=device)
+    for (name, out), pair in zip(params.items(), counts, strict=True):
+        _launch_snap(out, weights[name], pair, rule, True)
+    found = counts.tolist()
+    for name, (_, bad) in zip(params, found, strict=True):
+        if bad:
+            mxfp4.raise_not_finite(name, bad)
+    return sum(flips for flips, _ in found)
+
+
+def _launch_snap(out: torch.Tensor, w: torch.Tensor, counts: torch.Tensor, rule: str, count: bool) -> None:
+    blocks = w.numel() // mxfp4.BLOCK
     if blocks:
         with torch.cuda.device_of(w):
             _snap_kernel[(triton.cdiv(blocks, _TILE),)](
                 out.view(torch.int16), _bits(w), counts, blocks, rule, count, _TILE, enable_fp_fusion=False
             )
-    flips, bad = counts.tolist()
-    if bad:
-        mxfp4.raise_not_finite(name, bad)
-    return flips
 
 
 def encode(w: torch.Tensor, rule: str, *, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from mimo_qat.checkpoint.layout import DTYPE_BYTES, TensorSpec, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 PIECE_BYTES = 2**23
+MAX_FILE_NAME = 255  # bytes, on every usual file system
 TORCH_DTYPES = {
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -50,6 +51,8 @@ def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str,
     safetensors itself validates offsets and size: tensors lie one after the other, without gaps, to the end of the
     file. ValueError names the file and the fault.
     """
+    if len(path.name.encode("utf-8", "surrogatepass")) > MAX_FILE_NAME:
+        raise ValueError(f"{path.parent}: the index names a file of {len(path.name)} characters; fetch the index again")
     if not path.is_file():
         raise ValueError(f"{path} is named by the index but does not exist; fetch or write that file again")
     size = path.stat().st_size

@@ -17,7 +17,7 @@ import torch
 
 from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.folder import TensorFolder
-from mimo_qat.checkpoint.geometry import drop_trailing_commas, parse_json, read_text
+from mimo_qat.checkpoint.geometry import brief, drop_trailing_commas, parse_json, read_text
 from mimo_qat.checkpoint.layout import (
     DRAFTER_FILE,
     MTP_PREFIX,
@@ -223,6 +223,8 @@ def open_drafter(folder: str | Path) -> tuple[Config, TensorFolder, torch.Tensor
                 f"{folder}: {len(found)} drafter tensors with fault {kind!r}, the first {found[0]}; export it again"
             )
     layers = config.get("num_target_layers")
+    if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool)):
+        raise ValueError(f"{folder}: num_target_layers is {brief(layers)}; write the target's number of layers")
     if layers is not None and not all(0 <= i < layers for i in geometry.target_layer_ids):
         raise ValueError(f"{folder}: target_layer_ids {geometry.target_layer_ids} leave 0..{layers - 1}; correct them")
     mask = read_mask_embedding(folder / MASK_FILE, geometry.hidden_size, geometry.mask_token_id, geometry.vocab_size)

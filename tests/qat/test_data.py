@@ -14,8 +14,8 @@ class CharTokenizer:
 
     pad_token_id = 0
 
-    def __call__(self, text, add_special_tokens=False):
-        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})()
+    def __call__(self, texts, add_special_tokens=False):
+        return type("Encoding", (), {"input_ids": [[ord(c) for c in text] for text in texts]})()
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
         text = "".join(f"<{m['role'][0]}>{m['content']}|" for m in messages)
@@ -34,9 +34,15 @@ def test_loss_mask_covers_what_the_assistant_says_and_its_end():
     assert "".join(c for c, m in zip(text, example["loss_mask"], strict=True) if m) == "yo|!|"
 
 
-def test_text_rows_are_supervised_whole_and_cut():
-    (example,) = data.tokenize_rows([{"text": "abcdef"}], CharTokenizer(), 4)
-    assert example == {"input_ids": [97, 98, 99, 100], "loss_mask": [1, 1, 1, 1]}
+def test_text_rows_are_supervised_whole_and_go_on_in_the_next_example():
+    first, second = data.tokenize_rows([{"text": "abcdef"}], CharTokenizer(), 4)
+    assert first == {"input_ids": [97, 98, 99, 100], "loss_mask": [1, 1, 1, 1]}
+    assert second == {"input_ids": [101, 102], "loss_mask": [1, 1]}
+
+
+def test_chats_are_cut():
+    (example,) = data.tokenize_rows([chat(("user", "hi"), ("assistant", "yo"))], CharTokenizer(), 10)
+    assert "".join(map(chr, example["input_ids"])) == "<u>hi|<a>y"
 
 
 def test_pack_by_hand():
@@ -87,6 +93,53 @@ def test_row_forms_and_errors(tmp_path):
         data.read_rows(path)
     with pytest.raises(ValueError, match="no such file"):
         data.read_rows(tmp_path / "missing.jsonl")
+
+
+def slow_pack(lengths, size):
+    """Rows of example numbers: the fullest row with room, the first of those, found by looking at all of them."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        best = min(fitting, key=room.__getitem__) if fitting else len(rows)
+        if not fitting:
+            rows.append([])
+            room.append(size)
+        rows[best].append(i)
+        room[best] -= lengths[i]
+    return rows
+
+
+def test_pack_is_best_fit():
+    lengths = torch.randint(1, 33, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    packed = data.pack([{"input_ids": [i] * n, "loss_mask": [1] * n} for i, n in enumerate(lengths)], 32, pad_id=-1)
+    found = [list(dict.fromkeys(t for t in row if t >= 0)) for row in packed["input_ids"].tolist()]
+    assert found == slow_pack(lengths, 32)
+
+
+def test_packed_file_gives_back_what_was_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_tokenizer", lambda folder: CharTokenizer())
+    rows = [{"id": str(i), "text": f"text number {i} " * (i % 5 + 1)} for i in range(60)]
+    data.write_rows(tmp_path / "rows.jsonl", rows)
+    config = data.PackConfig(
+        model="m", output=str(tmp_path / "p.safetensors"), dataset_name=str(tmp_path / "rows.jsonl"), max_length=48
+    )
+    document = data.main(config)
+    expected = data.split_and_pack(rows, CharTokenizer(), config)
+    for ours, theirs in zip(data.load_packed(config.output), expected, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert document["tokens"] + document["held_out_tokens"] == sum(len(r["text"]) for r in rows)
+    with pytest.raises(ValueError, match="write it with mimo-qat pack"):
+        data.load_packed(tmp_path / "none.safetensors")
+
+
+def test_limit_reads_no_further(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{broken\n')
+    assert [r["text"] for r in data.read_rows(tmp_path / "rows.jsonl", limit=2)] == ["a", "b"]
+
+
+def test_modules_are_read_once_each():
+    rows = data.read_rows("site-packages", limit=40)
+    assert len(rows) == 40 and len({r["text"] for r in rows}) == 40 and rows[0]["id"].endswith(".py")
 
 
 def test_stdlib_rows_are_real_functions():

@@ -1,0 +1,78 @@
+"""Bytes a rank of a release that decodes under tensor parallelism, from its geometry alone.
+
+Split over the ranks: experts along I, attention by heads (a key-value head is repeated where there are fewer heads than
+ranks), dense MLPs, o_proj, embedding and head. On every rank: norms, routers, sinks. MTP blocks are not loaded.
+"""
+
+import math
+from typing import Any
+
+from mimo_qat.checkpoint.geometry import DraftGeometry, Geometry
+from mimo_qat.checkpoint.layout import MX_BLOCK, default_drafter_config, drafter_tensors, target_tensors
+
+_REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "e_score_correction_bias", "sink_bias")
+
+
+def runtime_bytes(config: dict[str, Any], tp: int, contexts: list[int], prefill_chunk: int) -> dict[str, Any]:
+    """{"experts", "spine", "drafter", "workspace", "kv": {context: bytes}, "read_per_token"}, each for one rank.
+
+    KV is BF16 and one sequence; a sliding-window layer keeps window + block rows. The workspace is that of a prefill
+    chunk (residual stream in float32 twice, k rows of expert input and gate_up) and of the logits of one block.
+    ValueError where the geometry does not divide by `tp`.
+    """
+    g = Geometry.from_config(config)
+    draft = default_drafter_config(config)
+    d = DraftGeometry.from_config(draft)
+    for layer in g.layers:
+        if layer.heads % tp or max(layer.kv_heads, tp) % min(layer.kv_heads, tp):
+            raise ValueError(f"{layer.heads} query and {layer.kv_heads} key-value heads do not divide by tp {tp}")
+    if g.moe_intermediate_size % (tp * MX_BLOCK):
+        raise ValueError(
+            f"moe_intermediate_size {g.moe_intermediate_size} does not divide into {tp} parts of whole MXFP4 blocks"
+        )
+    experts = spine = 0
+    for name, spec in target_tensors(config, mtp_layers=0).items():
+        if ".mlp.experts." in name:
+            experts += math.ceil(spec.nbytes / tp)
+        elif name.endswith(_REPLICATED):
+            spine += spec.nbytes
+        else:
+            spine += math.ceil(spec.nbytes * _share(name, g, tp))
+    drafter = sum(
+        spec.nbytes if len(spec.shape) < 2 or "norm" in name else math.ceil(spec.nbytes / min(tp, d.heads))
+        for name, spec in drafter_tensors(draft).items()
+    )
+    k, inner = g.num_experts_per_tok, g.moe_intermediate_size
+    workspace = prefill_chunk * (8 * g.hidden_size + k * (2 * g.hidden_size + 6 * inner // tp))
+    workspace += 4 * d.block_size * g.vocab_size
+    embedding = math.ceil(2 * g.vocab_size * g.hidden_size / tp)
+    return {
+        "experts": experts,
+        "spine": spine,
+        "drafter": drafter,
+        "workspace": workspace,
+        "kv": {str(n): _kv_bytes(g, d, tp, n) for n in contexts},
+        # One token alone reads its k experts, the spine without the embedding, and nothing of the drafter.
+        "read_per_token": spine - embedding + experts * k // g.n_routed_experts,
+    }
+
+
+def _share(name: str, g: Geometry, tp: int) -> float:
+    """The part of a split weight that one rank holds; more than 1/tp where key-value heads are repeated."""
+    if ".self_attn." not in name or "o_proj" in name:
+        return 1 / tp
+    layer = g.layers[int(name.split(".")[2])]
+    q, kv = layer.heads * layer.head_dim, layer.kv_heads * (layer.head_dim + layer.v_head_dim)
+    held = max(layer.kv_heads / tp, 1) / layer.kv_heads
+    if "qkv_proj" in name:
+        return (q / tp + kv * held) / (q + kv)
+    return 1 / tp if "q_proj" in name else held
+
+
+def _kv_bytes(g: Geometry, d: DraftGeometry, tp: int, context: int) -> int:
+    total = 0
+    for layer in g.layers:
+        slots = min(context, g.sliding_window + d.block_size) if layer.swa and g.sliding_window else context
+        total += 2 * math.ceil(layer.kv_heads / tp) * (layer.head_dim + layer.v_head_dim) * slots
+    slots = min(context, d.sliding_window) if d.sliding_window else context
+    return total + d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * (slots + d.block_size)
