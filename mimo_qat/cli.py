@@ -5,8 +5,9 @@ from mimo_qat.commands import Verb, run
 VERBS = {
     "upcycle": Verb("mimo_qat.models.upcycle", "UpcycleConfig", "dense model -> MiMo-V2 mixture of experts"),
     "pack": Verb("mimo_qat.data", "PackConfig", "tokenize and pack a dataset once for many runs"),
-    "plan": Verb("mimo_qat.plan", "PlanConfig", "memory and time a GPU needs, from a config alone"),
+    "plan": Verb("mimo_qat.plan", "PlanConfig", "memory and time a GPU needs, from a config alone", "model"),
     "qat": Verb("mimo_qat.qat.train", "QatConfig", "FP4 quantization-aware distillation of the experts"),
+    "evaluate": Verb("mimo_qat.evaluate", "EvaluateConfig", "KL, agreement and tasks of quantized models, paired"),
     "distill": Verb("mimo_qat.distill.train", "DistillConfig", "train a DFlash drafter for a target"),
     "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),
     "convert": Verb("mimo_qat.convert", "ConvertConfig", "target + drafter -> FP4-DFlash release folder"),

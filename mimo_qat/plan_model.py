@@ -209,6 +209,7 @@ def activation_bytes(shape: ModelShape, tokens: int, row: int, checkpointing: bo
     kept between forward and backward + what the backward pass of the widest layer makes on top + states and masks:
     kept       with checkpointing the BF16 input of every layer, and one layer recomputed; without, every layer behind
                the first routed experts (`saved_bytes_per_token`)
+               (of that one its choices only: k (2 H + 8 I) + 12 k)
     on top     the float32 output of the k choices twice, gradients of input, output and gate_up: k (12 H + 4 I), and
                in a layer with a sink one more copy of its bias, aligned for the kernel
     states     final norm, student, teacher and gradient in BF16: 4 H + 4 + 6 H; one byte a key and kind of mask
@@ -218,7 +219,8 @@ def activation_bytes(shape: ModelShape, tokens: int, row: int, checkpointing: bo
         kept = 2 * shape.hidden * len(shape.layers) + max(sum(s) for s in saved)
     else:
         first = shape.first_routed
-        kept = saved[first][1] + sum(sum(s) for s in saved[first + 1 :])
+        k, inner = shape.layers[first].per_token, shape.layers[first].inner
+        kept = k * (2 * shape.hidden + 8 * inner) + 12 * k + sum(sum(s) for s in saved[first + 1 :])
     on_top = max(
         layer.per_token * (12 * shape.hidden + 4 * layer.inner) + (2 * layer.heads * (row + 1) if layer.sink else 0)
         for layer in shape.layers
@@ -252,8 +254,10 @@ def flops_per_token(shape: ModelShape, row: int, checkpointing: bool) -> dict[st
     attention = [attention_flops(layer, row) for layer in shape.layers]
     body = sum(linear) + sum(routed) + sum(attention)
     behind = slice(shape.first_routed + 1, None)
-    # The first routed layer's experts need weight gradients only; its input has no gradient.
-    backward = head + sum(linear[behind]) + 2 * sum(attention[behind]) + sum(routed[behind]) + sum(routed)
+    # The first routed layer's input has no gradient: its experts need weight gradients and the input gradient of
+    # down_proj, which is a third of their weights.
+    first = routed[shape.first_routed] // 3
+    backward = head + sum(linear[behind]) + 2 * sum(attention[behind]) + sum(routed[behind]) + first + sum(routed)
     return {
         "teacher_forward": body + head,
         "student_forward": body + head,
