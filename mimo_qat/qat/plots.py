@@ -154,7 +154,7 @@ def plot_gap_closed(rows: Sequence[dict[str, Any]], path: str | Path) -> Path | 
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.margins(x=0.09)
+        axes.margins(x=0.14)
         axes.set_xlabel("gap closed, % (0 = round-to-nearest PTQ, 100 = unquantized)")
         return _save(plt, figure, path)
 
