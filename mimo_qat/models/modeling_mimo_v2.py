@@ -189,6 +189,9 @@ def attend(q, k, v, mask, scale, sink, implementation: str):
     """
     groups = q.shape[1] // k.shape[1]
     if implementation == "sdpa" and sink is None:
+        if q.is_cuda and mask is not None and groups > 1:
+            # Of the kernels that take a mask, only the unfused one groups heads; it writes all S x K scores.
+            k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
