@@ -11,103 +11,20 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from mimo_kernels import fp8, mxfp4
 from mimo_qat import data, plan_model
+from mimo_qat.evaluate import FP8_ROW, NOISE, REFERENCE, Bench, Table, exchanged, quantized
 from mimo_qat.provenance import commit, hardware, versions, write_json
 from mimo_qat.qat.config import QatConfig
-from mimo_qat.qat.objective import chunk_rows, next_tokens
 from mimo_qat.qat.train import Trainer, run
 
-RULES = ("even", "floor", "rceil", "mse")
+PLAIN = "RTN even"
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, from NVIDIA's data sheets
 SHORT = 64  # steps of an ablation
-
-
-class HeldOut:
-    """KL, top-1 and cross-entropy of every held-out token against the teacher's cached hidden states."""
-
-    def __init__(self, trainer: Trainer, rows: data.Packed, batch: int):
-        self.batch, self.device = batch, trainer.accelerator.device
-        self.rows, self.head = rows, trainer.model.lm_head.weight.detach().clone()
-        with trainer.engine.teacher():
-            self.teacher = self._states(trainer, batch)
-
-    @torch.no_grad()
-    def _states(self, trainer: Trainer, batch: int) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(self.rows["input_ids"]), batch):
-            parts.append(trainer.hidden({k: v[start : start + batch].to(self.device) for k, v in self.rows.items()}))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def judge(self, trainer: Trainer, batch: int | None = None) -> dict[str, Any]:
-        """One row of the table: the weights that `trainer`'s model has now."""
-        states, head, kl, top, nll = self._states(trainer, batch or self.batch), self.head, [], [], []
-        real = self.rows["doc_ids"] >= 0
-        labels = next_tokens(self.rows)[real].to(self.device)
-        for rows in torch.arange(len(states), device=self.device).split(chunk_rows(head)):
-            log_p = F.linear(self.teacher[rows], head).float().log_softmax(-1)
-            log_q = F.linear(states[rows], head).float().log_softmax(-1)
-            gap = log_p - log_q
-            kl.append((log_p.exp() * (torch.expm1(-gap) + gap)).sum(-1).clamp_(min=0))
-            top.append(log_p.argmax(-1) == log_q.argmax(-1))
-            nll.append(-log_q.gather(1, labels[rows].clamp(min=0)[:, None])[:, 0])
-        values, row_of = torch.cat(kl).double().cpu(), real.nonzero()[:, 0]
-        sums = torch.zeros(len(real), dtype=torch.float64).index_add_(0, row_of, values)
-        marks = values.quantile(torch.tensor([0.5, 0.99, 0.999], dtype=torch.float64)).tolist()
-        known = (labels >= 0).cpu()
-        ce = float(torch.cat(nll).cpu()[known].double().mean())
-        return {
-            "kl_mean": float(values.mean()),
-            "kl_median": marks[0],
-            "kl_p99": marks[1],
-            "kl_p99.9": marks[2],
-            "top1": float(torch.cat(top).double().mean()),
-            "cross_entropy": ce,
-            "kl_rows": sums.tolist(),
-            "tokens_rows": real.sum(1).tolist(),
-        }
-
-
-def bootstrap(row: dict[str, Any], rtn: dict[str, Any], noise: float, draws: int = 2000) -> dict[str, Any]:
-    """95 % intervals over held-out rows: of the KL, and (paired) of the share of RTN's gap that is closed."""
-    kl, base, n = (torch.tensor(v, dtype=torch.float64) for v in (row["kl_rows"], rtn["kl_rows"], row["tokens_rows"]))
-    picks = torch.randint(len(n), (draws, len(n)), generator=torch.Generator().manual_seed(0))
-    tokens = n[picks].sum(1)
-    mean, base_mean = kl[picks].sum(1) / tokens, base[picks].sum(1) / tokens
-    closed = 1 - (mean - noise) / (base_mean - noise)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        "kl_ci95": mean.quantile(ends).tolist(),
-        "gap_closed": 1 - (row["kl_mean"] - noise) / (rtn["kl_mean"] - noise),
-        "gap_closed_ci95": closed.quantile(ends).tolist(),
-    }
-
-
-@torch.no_grad()
-def with_experts(trainer: Trainer, make: Callable[[str, torch.Tensor], torch.Tensor], judge: Callable[[], Any]) -> Any:
-    """Judges the model with every expert parameter replaced by make(name, original); puts the old ones back."""
-    engine = trainer.engine
-    kept = {name: p.data for name, p in engine.experts.items()}
-    try:
-        for name, param in engine.experts.items():
-            param.data = make(name, engine.originals[name])
-        return judge()
-    finally:
-        for name, param in engine.experts.items():
-            param.data = kept[name]
-
-
-def fp8_blocks(_name: str, weight: torch.Tensor) -> torch.Tensor:
-    """128 x 128 block FP8 of each expert, as values."""
-    return torch.stack([fp8.dequantize(*fp8.quantize(expert.float())) for expert in weight]).to(weight.dtype)
 
 
 def ties_toward_zero(master: torch.Tensor) -> torch.Tensor:
@@ -134,7 +51,7 @@ class Study:
         for key in ("rows", "runs", "left_out"):
             self.doc.setdefault(key, {})
         self.rate = 0.0  # tokens a second of the last run
-        self.held_out: HeldOut | None = None
+        self.bench: Bench | None = None
 
     def config(self, model: str, **changes: Any) -> QatConfig:
         options = self.options
@@ -177,21 +94,21 @@ class Study:
             self.doc["left_out"][name] = f"{tokens / self.rate:.0f} s needed, {self.left():.0f} s left"
             return
         trainer, began = Trainer(config), time.monotonic()
-        if self.held_out is None:
-            self.held_out = HeldOut(trainer, self.eval_rows(trainer), self.options.batch)
+        if self.bench is None:
             self.baselines(trainer)
+        assert self.bench is not None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         steps, points = [], []
         while trainer.step < config.max_steps:
             steps.append(trainer.train_step())
             if trainer.step in curve:
-                kl = self.held_out.judge(trainer)["kl_mean"]
+                kl = float(self.bench.measure(trainer.model).values[0].double().mean())
                 points.append({"step": trainer.step, "tokens": sum(s["tokens"] for s in steps), "kl": kl})
             if trainer.step % 50 == 0:
                 print(name, json.dumps(steps[-1]), flush=True)
         self.rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
-        judged = self.held_out.judge(trainer)
+        self.row(name, trainer)
         self.doc["runs"][name] = {
             "changes": changes,
             "tokens": sum(s["tokens"] for s in steps),
@@ -202,7 +119,6 @@ class Study:
             "curve": points,
             "steps": [{k: s[k] for k in ("loss", "flip_fraction", "grad_norm")} for s in steps],
         }
-        self.row(name, judged)
         if after:
             after(trainer)
         self.save()
@@ -210,30 +126,32 @@ class Study:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def eval_rows(self, trainer: Trainer) -> data.Packed:
-        _, held = data.load_packed(self.options.data)
-        order = torch.randperm(len(held["input_ids"]), generator=torch.Generator().manual_seed(1))
-        return {k: v[order[: self.options.eval_rows]] for k, v in held.items()}
-
-    def row(self, name: str, judged: dict[str, Any]) -> None:
-        rows = self.doc["rows"]
-        rows[name] = judged
-        if "rtn even" in rows:
-            noise = rows["noise"]["kl_mean"]
-            judged |= bootstrap(judged, rows["rtn even"], noise)
-        print(f"{name:24} KL {judged['kl_mean']:.4f} top-1 {judged['top1']:.4f} closed {judged.get('gap_closed')}")
+    def row(self, name: str, trainer: Trainer) -> None:
+        """One row of the table: the weights that the model has now."""
+        assert self.bench is not None
+        smaller = max(1, self.options.batch // 4) if name == NOISE else None
+        figures = self.table.add(name, self.bench.measure(trainer.model, batch_size=smaller))
+        if PLAIN in self.table.sums:
+            figures |= self.table.gap_closed(name, PLAIN)
+        self.doc["rows"][name] = figures
+        print(f"{name:24} KL {figures['kl_mean']:.4f} top-1 {figures['top1_agreement']:.4f} "
+              f"closed {figures.get('gap_closed')}", flush=True)  # fmt: skip
 
     def baselines(self, trainer: Trainer) -> None:
-        assert self.held_out is not None
-        judge, original = self.held_out.judge, lambda _n, w: w
-        self.row("bf16", with_experts(trainer, original, lambda: judge(trainer)))
-        self.row("noise", with_experts(trainer, original, lambda: judge(trainer, max(1, self.options.batch // 4))))
-        for rule in RULES:
-            made = with_experts(trainer, lambda n, w, r=rule: mxfp4.snap(w, r, name=n), lambda: judge(trainer))
-            self.row(f"rtn {rule}", made)
-        self.row("fp8 blocks", with_experts(trainer, fp8_blocks, lambda: judge(trainer)))
-        for name in ("bf16", "noise"):
-            self.row(name, self.doc["rows"][name])
+        """The rows that need no training; the reference comes first."""
+        _, held = data.load_packed(self.options.data)
+        order = torch.randperm(len(held["input_ids"]), generator=torch.Generator().manual_seed(1))
+        rows = {k: v[order[: self.options.eval_rows]] for k, v in held.items()}
+        engine = trainer.engine
+        originals = {n: engine.originals[n] for n in engine.experts}
+        with exchanged(engine.experts, originals):
+            self.bench = Bench(trainer.model, rows, self.options.batch)
+            self.table = Table(self.bench, seed=0)
+            for name in (REFERENCE, NOISE):
+                self.row(name, trainer)
+        for name, how in ((PLAIN, "even"), *((f"RTN {r}", r) for r in ("floor", "rceil", "mse")), (FP8_ROW, "fp8")):
+            with exchanged(engine.experts, {n: quantized(n, w, how, False) for n, w in originals.items()}):
+                self.row(name, trainer)
         self.save()
 
     def diversify(self) -> None:
@@ -272,12 +190,9 @@ class Study:
 
     def export_mismatch(self, trainer: Trainer) -> None:
         """The cost of exporting masters with another rounding than the forward's."""
-        assert self.held_out is not None
         masters = trainer.engine.masters
-        made = with_experts(
-            trainer, lambda n, _w: ties_toward_zero(masters[n].data), lambda: self.held_out.judge(trainer)
-        )
-        self.row("exported like modelopt", made)
+        with exchanged(trainer.engine.experts, {n: ties_toward_zero(masters[n].data) for n in trainer.engine.experts}):
+            self.row("exported like ModelOpt", trainer)
 
     def step_times(self) -> None:
         """Medians of a step with and without the quantizer and the teacher, and of the snap alone."""
