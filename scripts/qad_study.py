@@ -105,6 +105,8 @@ class Study:
             if trainer.step in curve:
                 kl = float(self.bench.measure(trainer.model).values[0].double().mean())
                 points.append({"step": trainer.step, "tokens": sum(s["tokens"] for s in steps), "kl": kl})
+                self.doc["unfinished"] = {name: points}
+                self.save()
             if trainer.step % 50 == 0:
                 print(name, json.dumps(steps[-1]), flush=True)
         self.rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
@@ -119,6 +121,7 @@ class Study:
             "curve": points,
             "steps": [{k: s[k] for k in ("loss", "flip_fraction", "grad_norm")} for s in steps],
         }
+        self.doc.pop("unfinished", None)
         if after:
             after(trainer)
         self.save()
@@ -201,6 +204,8 @@ class Study:
         out: dict[str, Any] = {}
         arms = {"qad": {}, "sft": {"scale_rule": "none", "kl_weight": 0.0, "ce_weight": 1.0}}
         arms["ce_qat"] = {"kl_weight": 0.0, "ce_weight": 1.0}
+        for name in ("qad", "sft"):  # as at the scale where activations do not fit: SFT repeats a forward, too
+            arms[f"{name}_checkpointed"] = arms[name] | {"gradient_checkpointing": True}
         for name, changes in arms.items():
             trainer = Trainer(
                 self.config(str(self.work / "teacher"), output_dir=str(self.work / "times"), max_steps=8, **changes)
@@ -226,6 +231,7 @@ class Study:
             gc.collect()
             torch.cuda.empty_cache()
         out |= {"snap_fraction_of_step": out["snap"] / out["qad"], "qad_over_sft_step": out["qad"] / out["sft"]}
+        out["qad_over_sft_step_checkpointed"] = out["qad_checkpointed"] / out["sft_checkpointed"]
         self.doc["step_times"] = out
         print(json.dumps(out), flush=True)
         self.save()
