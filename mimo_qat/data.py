@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -121,7 +121,7 @@ def module_rows(smallest: int = 500, largest: int = 200_000) -> Iterator[Row]:
             yield {"id": str(path.relative_to(root)), "text": text}
 
 
-CORPORA = {"stdlib": stdlib_rows, "site-packages": module_rows}
+CORPORA: dict[str, Callable[[], Iterator[Row]]] = {"stdlib": stdlib_rows, "site-packages": module_rows}
 
 
 def prompt_of(row: Row) -> str:

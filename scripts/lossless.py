@@ -2,17 +2,20 @@
 
 Greedy output without a drafter is compared, token for token, with the output of the release's own drafter, of a
 drafter with random weights, and of forced acceptance lengths 0, 1, ..., block - 1 in turn. Prints one JSON document
-last and exits with 1 if any token differs.
+last, writes the figures as records with `--out docs/results/NAME.json`, and exits with 1 if any token differs.
 """
 
 import argparse
 import json
+import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mimo_runtime.bench import conditions
+from mimo_qat.provenance import write_json
+from mimo_runtime.bench import conditions, record
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter
@@ -41,6 +44,23 @@ def acceptance(runs: list[Generation]) -> float:
     return sum(r.accepted + 1 for r in rounds) / len(rounds)
 
 
+def records(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of the printed document in the form of docs/results/: one record a way of drafting."""
+    made = document["conditions"]
+    made = made | {"command": f"python scripts/{made['command']}"}
+    where = {k: made[k] for k in ("hardware", "versions", "block", "settings")} | {"tokens": document["tokens"]}
+    return [
+        record(
+            "lossless_identical_" + re.sub(r"\W+", "_", way),
+            row["identical"],
+            f"of {row['of']} prompts",
+            where | {"acceptance_length": row["acceptance_length"]},
+            made,
+        )
+        for way, row in document["ways"].items()
+    ]
+
+
 def main() -> int:
     """Runs every prompt in every way; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +68,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=20, help="how many of the bundled prompts, evenly spread")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument("--out", help="JSON file to write the figures to, as records")
     options = parser.parse_args()
     engine = Engine(options.folder, EngineConfig(dtype=options.dtype, max_len=1024))
     if engine.drafter is None:
@@ -71,8 +92,11 @@ def main() -> int:
         result[way] = {"identical": same, "of": len(plain), "acceptance_length": acceptance(found)}
         print(f"{way:16} {same}/{len(plain)} identical, acceptance length {acceptance(found):.2f}")
     ok = all(row["identical"] == row["of"] for row in result.values())
-    document = {"ok": ok, "tokens": sum(map(len, plain)), "ways": result}
-    print(json.dumps(document | {"conditions": conditions(engine, vars(options))}))
+    settings = {k: v for k, v in vars(options).items() if k != "out"}
+    document = {"ok": ok, "tokens": sum(map(len, plain)), "ways": result, "conditions": conditions(engine, settings)}
+    if options.out:
+        write_json(options.out, records(document))
+    print(json.dumps(document))
     return 0 if ok else 1
 
 

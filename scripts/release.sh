@@ -54,27 +54,8 @@ step convert "$python" -m mimo_qat convert --target "$target" --out "$out" ${dra
 extra=()
 step check "$python" -m mimo_qat check "$out" --samples -1
 # shellcheck disable=SC2086
-step quality "$python" -m mimo_runtime quality "$out" --reference "$reference" ${QUALITY_ARGS:-}
-
-"$python" - "$steps/quality.json" "$steps/results.json" <<'PYTHON'
-"""The rows of `mimo-runtime quality` as records of measured figures."""
-import json
-import sys
-
-document = json.load(open(sys.argv[1]))
-found = document["conditions"]
-kept = ("windows", "length", "dtype", "text")
-conditions = {k: v for k, v in found["settings"].items() if k in kept and v is not None}
-conditions = {"text": "source of Python's standard library"} | conditions | found["hardware"] | found["versions"]
-units = {"kl_mean": "nats/token", "kl_p99": "nats/token", "top1_agreement": "fraction", "perplexity": ""}
-records = [
-    {"name": name, "value": row[name], "unit": unit, "conditions": {"row": label} | conditions,
-     "command": found["command"].replace("__main__.py", "mimo-runtime", 1), "commit": found["commit"]}
-    for label, row in document["rows"].items() for name, unit in units.items()
-]
-with open(sys.argv[2], "w") as file:
-    json.dump(records, file, indent=2)
-PYTHON
+step quality "$python" -m mimo_runtime quality "$out" --reference "$reference" \
+    --output "$steps/results.json" ${QUALITY_ARGS:-}
 
 if [ -z "$repo" ]; then
     echo "== push: no ORG/NAME given; $out is complete"

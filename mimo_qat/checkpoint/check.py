@@ -265,6 +265,9 @@ def _model_keys(checkpoint: Checkpoint, report: Report) -> None:
     for where in (config, checkpoint.metadata):
         tag = (where.get("conversion_metadata") or where).get("qkv_layout")
         report.expect(tag is None or "global" not in str(tag), "qkv-order", f"qkv_layout is {tag!r}")
+    chunks = checkpoint.geometry.qkv_chunks
+    plain = [n for n, s in checkpoint.specs.items() if n.endswith("self_attn.qkv_proj.weight") and s.dtype == "BF16"]
+    report.expect(chunks == 1 or not plain, "qkv-bf16", f"{chunks} chunks of rows in {few(plain)}")
     for target in (config.get("auto_map") or {}).values():
         name = target.rsplit("--")[-1].split(".")[0] + ".py"
         report.expect((checkpoint.folder / name).is_file(), "remote-code", f"auto_map names {name}, which is absent")

@@ -119,6 +119,11 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
         "engines read the rows in chunk order: heads are mixed up",
         "convert again from the published layout",
     ),
+    "qkv-bf16": (
+        "note",
+        "vLLM reads a fused BF16 QKV as one [Q | K | V], without its chunks: heads are mixed up",
+        "for vLLM, convert with --dialect mimo --spine fp8, whose chunks it reads",
+    ),
     "mtp-unstated": ("note", "some engines leave MTP off, others stop", "write num_nextn_predict_layers"),
     # values
     "scale-nan": ("error", "the whole block becomes NaN", "convert again from sound weights"),

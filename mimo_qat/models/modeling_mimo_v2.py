@@ -401,6 +401,10 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         quantized = getattr(stored, "quantization_config", None)
         if path is None or not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
             return super().from_pretrained(path, *args, config=config, **kwargs)
+        asked = kwargs.get("quantization_config")
+        method = asked.get("quant_method") if isinstance(asked, dict) else getattr(asked, "quant_method", None)
+        if asked is None or method == "fp8":
+            kwargs.pop("quantization_config", None)  # callers hand the config's own back, and it is honoured already
         if not isinstance(config, PreTrainedConfig):
             dtypes = {k: kwargs.pop(k) for k in ("dtype", "torch_dtype") if k in kwargs}
             config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)

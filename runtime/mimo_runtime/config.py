@@ -78,6 +78,8 @@ class BenchConfig(EngineConfig, SamplingConfig):
     forced_acceptance: int | list[int] | None = None
     """not a measurement of the drafter: accept exactly this many of the model's own tokens in every round (a list is
     cycled through), to see what such an acceptance would give"""
+    output: str | None = None
+    """JSON file that gets the document too; `mimo-qat push --results` and docs/results/ take its records"""
     chat: bool = True
     """put each prompt into the tokenizer's chat template, if there is one"""
 
@@ -100,6 +102,8 @@ class QualityConfig(EngineConfig):
     """tokens in each"""
     seed: int = 0
     """seed of the bootstrap"""
+    output: str | None = None
+    """JSON file that gets the document too; `mimo-qat push --results` and docs/results/ take its records"""
 
     def __post_init__(self) -> None:
         if self.windows < 2 or self.length < 2:

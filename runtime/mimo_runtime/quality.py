@@ -3,7 +3,8 @@
 What quantisation cost, position by position: the divergence KL(reference || row) of the next-token distributions over
 the whole vocabulary, in float32, on text that neither was trained for. A release stands between two rows: noise (the
 reference itself, computed in other chunks or another type) and plain round-to-nearest quantisation of the reference's
-experts. The last line is one JSON document.
+experts. The last line is one JSON document, which `--output` keeps in a file; its "records" are the figures for model
+cards and docs/results/.
 """
 
 import json
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 
-from mimo_runtime.bench import conditions
+from mimo_qat.provenance import write_json
+from mimo_runtime.bench import conditions, record
 from mimo_runtime.config import QualityConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.prompts import encode_messages, load_tokenizer
 
 STDLIB = ("textwrap", "heapq", "statistics", "configparser", "shlex", "fractions", "csv", "sched", "queue", "calendar")
+UNITS = {"kl_mean": "nats/token", "kl_p99": "nats/token", "top1_agreement": "fraction", "perplexity": ""}
 CHUNK = 64  # positions whose full distributions are in memory at once
 
 
@@ -132,4 +135,21 @@ def main(cfg: QualityConfig) -> dict[str, Any]:
         raise ValueError(f"{cfg.folder} and {cfg.reference} have different vocabularies; they are not of one model")
     rows["release"] = judge(reference, release, windows, cfg.length, cfg.seed)
     _print_table(rows)
-    return {"ok": True, "rows": rows, "conditions": conditions(reference, asdict(cfg))}
+    made = conditions(reference, asdict(cfg))
+    document = {"ok": True, "rows": rows, "conditions": made, "records": _records(rows, made)}
+    if cfg.output:
+        write_json(cfg.output, document)
+    return document
+
+
+def _records(rows: dict[str, dict[str, Any]], made: dict[str, Any]) -> list[dict[str, Any]]:
+    """The main figures of every row."""
+    settings = made["settings"]
+    where = {k: settings[k] for k in ("windows", "length", "dtype", "seed")}
+    where["text"] = settings["text"] or "source of Python's standard library"
+    where |= made["hardware"] | made["versions"]
+    return [
+        record(name, row[name], unit, {"row": label} | where, made)
+        for label, row in rows.items()
+        for name, unit in UNITS.items()
+    ]

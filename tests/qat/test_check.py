@@ -15,7 +15,7 @@ from mimo_qat.checkpoint.check import CheckConfig, main
 from mimo_qat.checkpoint.findings import KINDS
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_qat.checkpoint.values import block_amax
-from mimo_qat.checkpoint.writer import write_index
+from mimo_qat.checkpoint.writer import write_bf16_folder, write_index
 from mimo_qat.convert import ConvertConfig
 from mimo_qat.convert import main as convert
 
@@ -43,8 +43,8 @@ def test_a_release_is_clean(release, capsys):
 
 def test_sources_are_clean(bf16_folder, drafter_folder):
     document, found = check(bf16_folder.path)
-    assert document["ok"] and set(found) == {"attention-chunk"} and document["experts"] == "bf16"
-    assert found["attention-chunk"]["severity"] == "note"  # every published config has the key
+    assert document["ok"] and set(found) == {"attention-chunk", "qkv-bf16"} and document["experts"] == "bf16"
+    assert {f["severity"] for f in found.values()} == {"note"}  # every published config has the chunk's key
     document, found = check(drafter_folder.path)
     assert document["ok"] and set(found) == {"drafter-code"}
 
@@ -459,8 +459,23 @@ def test_drafter_pitfalls_are_found(release, damage, name, part):
 def test_every_dialect_is_clean(release, tmp_path, dialect):
     convert(ConvertConfig(target=str(release.path), out=str(tmp_path / "out"), dialect=dialect))
     document, found = check(tmp_path / "out")
-    assert document["ok"] and found == {}
+    assert document["ok"] and set(found) == (set() if dialect == "mimo" else {"qkv-bf16"})
     assert document["experts"] == {"mimo": "mxfp4", "bf16": "bf16"}.get(dialect, "mxfp4-packed")
+
+
+@pytest.mark.parametrize(("spine", "chunks", "noted"), [("fp8", 2, False), ("bf16", 2, True), ("bf16", 1, False)])
+def test_chunks_that_vllm_does_not_see_are_noted(config, tensors_of, tmp_path, spine, chunks, noted):
+    """A fused BF16 QKV of several chunks is read in another order; one chunk is [Q | K | V] already."""
+    config |= {"num_key_value_heads": chunks}
+    tensors = tensors_of(layout.target_tensors(config, experts="bf16", spine="bf16"))
+    write_bf16_folder(tmp_path / "source", config, tensors)
+    convert(ConvertConfig(target=str(tmp_path / "source"), out=str(tmp_path / "out"), spine=spine))
+    document, found = check(tmp_path / "out")
+    assert document["ok"] and ("qkv-bf16" in found) is noted
+    if noted:
+        finding = found["qkv-bf16"]
+        assert finding["severity"] == "note" and "--spine fp8" in finding["remedy"]
+        assert finding["what"].startswith("2 chunks of rows in 5: model.layers.0.self_attn.qkv_proj.weight")
 
 
 @pytest.fixture

@@ -16,14 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.quantizers import AutoQuantizationConfig
 
 from mimo_kernels import fp8, mxfp4
+from mimo_qat.checkpoint.check import CheckConfig
+from mimo_qat.checkpoint.check import main as check
 from mimo_qat.checkpoint.layout import default_drafter_config, drafter_tensors, quantization_config, target_tensors
 from mimo_qat.checkpoint.reader import Checkpoint, TensorFolder, load_model
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
-from mimo_qat.models.dflash_files import load_drafter
+from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from mimo_qat.models.modeling_dflash import DFlashConfig
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM, MiMoV2Model, decode_fp8, decode_mxfp4
+from mimo_qat.models.upcycle import save_bf16
 
 ROOT = Path(__file__).parents[2]
 GEOMETRIES = {n: json.loads((ROOT / f"recipes/model/{n}.json").read_text()) for n in ("mimo-v2.5", "mimo-v2.5-pro")}
@@ -128,6 +134,39 @@ def test_a_hub_repository_loads_by_its_name(release, tmp_path):
     local = MiMoV2ForCausalLM.from_pretrained(release.path, dtype=torch.float32)
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in local.state_dict().items())
     assert model.name_or_path == "org/tiny"
+
+
+@pytest.mark.parametrize("form", [dict, AutoQuantizationConfig.from_dict], ids=["dict", "object"])
+def test_a_caller_may_hand_the_quantization_config_back(release, form):
+    """As lm-eval does, in either form; without the release decoding itself, transformers' FP8 quantizer would raise."""
+    stated = json.loads((release.path / "config.json").read_text())["quantization_config"]
+    ids, ours = torch.arange(3, 40)[None], load_model(release.path, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        release.path, trust_remote_code=True, dtype=torch.float32, quantization_config=form(stated)
+    )
+    again = MiMoV2ForCausalLM.from_pretrained(release.path, dtype=torch.float32, quantization_config=form(stated))
+    with torch.no_grad():
+        expected = ours(ids).logits
+        assert torch.equal(model(ids).logits, expected) and torch.equal(again(ids).logits, expected)
+    assert not hasattr(model.config, "quantization_config") and not getattr(model, "hf_quantizer", None)
+
+
+def test_trained_folders_load_without_the_package(tiny_model, drafter_folder, tmp_path):
+    """What `upcycle` and `qat` write is loaded by transformers alone, as a release is, and passes `check`."""
+    words = {f"t{i}": i for i in range(500)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")))
+    routers = {n: t.clone() for n, t in tiny_model.state_dict().items() if ".mlp.gate." in n}
+    save_drafter(load_drafter(drafter_folder.path), tmp_path / "trained/dflash")
+    save_bf16(tiny_model, tokenizer, tmp_path / "trained")
+    found = run_elsewhere(tmp_path / "trained", tmp_path / "found.pt", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert found["class"].startswith("transformers_modules.")
+    held = Checkpoint(tmp_path / "trained")
+    for name, tensor in routers.items():  # float32, as config.json says: BF16 would route otherwise than in training
+        assert torch.equal(held.raw(name), tensor), name
+    with torch.no_grad():
+        expected = load_model(tmp_path / "trained", torch.float32)(torch.arange(3, 40)[None]).logits
+    assert torch.equal(found["logits"], expected) and torch.equal(found["drafted"], found["greedy"])
+    assert check(CheckConfig(folder=str(tmp_path / "trained")))["ok"]
 
 
 def test_decoders_are_bit_equal_to_the_codecs():

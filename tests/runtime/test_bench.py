@@ -1,5 +1,6 @@
 """What `bench` counts, on rounds and texts worked by hand, and the commands end to end on a tiny release."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_qat.card import read_results
 from mimo_runtime.bench import acceptance, bytes_per_token, distinct, lookup_rounds
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
@@ -15,6 +17,8 @@ from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, load_target
 from mimo_runtime.prompts import load_prompts
 from mimo_runtime.quality import compare_logits, cut_windows, perplexity
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_acceptance_by_hand():
@@ -145,6 +149,50 @@ def test_drafts_stay_below_the_tokenizer(with_tokenizer):
     assert engine.drafter is not None and engine.drafter.vocab_size == 258
     out = engine.generate([5, 6, 7], SamplingConfig(max_new_tokens=100))
     assert all(r.drafted == 7 for r in out.rounds) and max(out.tokens) > 257
+
+
+def test_output_keeps_the_printed_document_with_records(with_tokenizer, capsys, tmp_path):
+    release, reference = with_tokenizer
+    out = tmp_path / "new/bench.json"
+    flags = ["--limit=2", "--max_new_tokens=12", "--dtype=float32", "--device=cpu", "--max_len=512"]
+    assert main(["bench", str(release), *flags, "--output", str(out)]) == 0
+    printed = last_line(capsys)
+    assert json.loads(out.read_text()) == printed and "output" not in printed["conditions"]["settings"]
+    found = {r["name"]: r for r in read_results([str(out)])}
+    assert found["tokens_per_s"]["value"] == printed["tokens_per_second"]
+    assert found["acceptance_length"]["value"] == printed["acceptance"]["length"]
+    assert found["acceptance_length"]["conditions"]["block"] == 8
+    flags = ["--windows=2", "--length=16", "--device=cpu", "--drafter=null"]
+    out = tmp_path / "quality.json"
+    assert main(["quality", str(release), "--reference", str(reference), *flags, "--output", str(out)]) == 0
+    printed = last_line(capsys)
+    assert json.loads(out.read_text()) == printed
+    rows = {(r["conditions"]["row"], r["name"]): r for r in read_results([str(out)])}
+    assert len(rows) == 4 * len(printed["rows"])
+    kl = rows["release", "kl_mean"]
+    assert kl["value"] == printed["rows"]["release"]["kl_mean"] and kl["unit"] == "nats/token"
+    assert kl["conditions"]["text"] == "source of Python's standard library" and kl["conditions"]["windows"] == 2
+
+
+def test_lossless_writes_records(with_tokenizer, capsys, tmp_path, monkeypatch):
+    """In the form of docs/results/lossless-cpu.json, which the same script measured."""
+    release, _ = with_tokenizer
+    spec = importlib.util.spec_from_file_location("lossless", ROOT / "scripts/lossless.py")
+    lossless = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lossless)
+    out = tmp_path / "lossless.json"
+    flags = ["--prompts=2", "--max_new_tokens=12", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [str(ROOT / "scripts/lossless.py"), str(release), *flags])
+    assert lossless.main() == 0
+    printed, found = last_line(capsys), read_results([str(out)])
+    published = json.loads((ROOT / "docs/results/lossless-cpu.json").read_text())
+    assert [r["name"] for r in found] == [r["name"] for r in published]
+    for ours, theirs in zip(found, published, strict=True):
+        assert ours.keys() == theirs.keys() and ours["conditions"].keys() == theirs["conditions"].keys()
+        assert ours["conditions"]["settings"].keys() == theirs["conditions"]["settings"].keys()
+        assert ours["value"] == 2 and ours["unit"] == "of 2 prompts"
+        assert ours["command"].startswith(f"python scripts/lossless.py {release}")
+    assert found[2]["conditions"]["acceptance_length"] == printed["ways"]["forced 0 to B-1"]["acceptance_length"]
 
 
 def test_quality_command(with_tokenizer, capsys):
