@@ -32,7 +32,7 @@ from mimo_qat.qat.objective import agreement, chunked_loss, forward_kl, hidden_l
 from mimo_qat.qat.snap import SnappedCopy
 
 
-def other_parameters(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
+def other_parameters(model: Any, which: str) -> dict[str, nn.Parameter]:
     """The parameters that are trained beside the experts; `which` is QatConfig.train."""
     experts = expert_parameters(model).keys()
     if which == "experts":
@@ -41,7 +41,9 @@ def other_parameters(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
         routers = [n for n, m in model.named_modules() if hasattr(m, "experts")]
         wanted = {f"{n}.{r}.weight" for n in routers for r in ("gate", "router")}
         return {n: p for n, p in model.named_parameters() if n in wanted}
-    ends = {id(model.get_input_embeddings().weight), id(model.lm_head.weight)}
+    ends = {
+        id(p) for end in ("get_input_embeddings", "get_output_embeddings") for p in getattr(model, end)().parameters()
+    }
     return {n: p for n, p in model.named_parameters() if n not in experts and id(p) not in ends}
 
 
@@ -264,7 +266,7 @@ class Trainer:
                 f"{found[-1]} was made with {key} {theirs.get(key)!r}, now {ours[key]!r}; "
                 "use the same configuration, another output_dir, or --resume_from_checkpoint false"
             )
-        self.engine.load_masters(load_file(found[-1] / "masters.safetensors", device=str(self.accelerator.device)))
+        self.engine.load_masters(load_file(found[-1] / "masters.safetensors"))
         where = self.accelerator.device
         self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location=where, weights_only=True))
         for bias, value in zip(self.biases, state["biases"], strict=False):
