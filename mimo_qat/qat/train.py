@@ -196,7 +196,8 @@ class Trainer:
                 master.grad = torch.zeros_like(master)
             if self.accelerator.num_processes > 1:
                 master.grad = self.accelerator.reduce(master.grad, "sum")
-        norm = float(torch.nn.utils.clip_grad_norm_(masters.values(), self.config.max_grad_norm or math.inf))
+        total = torch.nn.utils.get_total_norm([m.grad for m in masters.values() if m.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm):
             bad = [n for n, m in masters.items() if not torch.isfinite(m.grad).all()]  # type: ignore[arg-type]
             raise ValueError(
@@ -204,6 +205,7 @@ class Trainer:
                 f"checkpoint in {self.out / 'checkpoints'} is whole: lower the learning rate or look at the data, "
                 "then resume"
             )
+        torch.nn.utils.clip_grads_with_norm_(masters.values(), self.config.max_grad_norm or math.inf, total)
         return norm
 
     @torch.no_grad()
@@ -267,8 +269,7 @@ class Trainer:
                 "use the same configuration, another output_dir, or --resume_from_checkpoint false"
             )
         self.engine.load_masters(load_file(found[-1] / "masters.safetensors"))
-        where = self.accelerator.device
-        self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location=where, weights_only=True))
+        self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
         for bias, value in zip(self.biases, state["biases"], strict=False):
             bias.copy_(torch.tensor(value))
         self.step = state["step"]
