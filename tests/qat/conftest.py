@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -138,3 +139,18 @@ def rewrite():
         index_path.write_text(json.dumps(index))
 
     return change
+
+
+@pytest.fixture
+def remote_code(tmp_path, monkeypatch):
+    """Remote code is cached in a folder of the test, and no module of another test's cache is still there."""
+
+    def forget():
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not p.endswith("modules")])
+    forget()
+    yield
+    forget()

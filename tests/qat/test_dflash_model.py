@@ -340,8 +340,7 @@ def test_config_json_is_the_superset_that_engines_read(tmp_path):
     assert values["model_type"] == "qwen3" and values["architectures"] == ["DFlashDraftModel"]
 
 
-def test_remote_code_loads_the_mask_vector_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_remote_code_loads_the_mask_vector_too(tmp_path, remote_code):
     save_drafter(drafter(), tmp_path / "dflash")
     expected = load_drafter(tmp_path / "dflash", torch.float32)
     model = AutoModel.from_pretrained(tmp_path / "dflash", trust_remote_code=True, dtype=torch.float32)

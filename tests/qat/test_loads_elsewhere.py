@@ -137,7 +137,7 @@ def test_a_hub_repository_loads_by_its_name(release, tmp_path):
 
 
 @pytest.mark.parametrize("form", [dict, AutoQuantizationConfig.from_dict], ids=["dict", "object"])
-def test_a_caller_may_hand_the_quantization_config_back(release, form):
+def test_a_caller_may_hand_the_quantization_config_back(release, form, remote_code):
     """As lm-eval does, in either form; without the release decoding itself, transformers' FP8 quantizer would raise."""
     stated = json.loads((release.path / "config.json").read_text())["quantization_config"]
     ids, ours = torch.arange(3, 40)[None], load_model(release.path, torch.float32)
