@@ -154,3 +154,24 @@ def remote_code(tmp_path, monkeypatch):
     forget()
     yield
     forget()
+
+
+def character_tokenizer():
+    """One id a character, so that a tiny vocabulary can spell anything."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({chr(i): i for i in range(256)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="\x00", unk_token="?")
+
+
+@pytest.fixture
+def learnable(tiny_model, tmp_path):
+    """model/, a BF16 folder, and rows.jsonl, text that it can learn."""
+    from mimo_qat.models.upcycle import save_bf16
+
+    save_bf16(tiny_model, character_tokenizer(), tmp_path / "model")
+    rows = [{"text": f"row {i}: " + "the quick brown fox jumps over the lazy dog. "[i % 7 :] * 3} for i in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path

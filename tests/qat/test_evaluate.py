@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.reader import load_model
@@ -31,15 +29,9 @@ from mimo_qat.evaluate import (
 from mimo_qat.evaluate_report import survival
 from mimo_qat.models.upcycle import save_bf16
 from mimo_qat.qat.experts import expert_parameters
+from tests.qat.conftest import character_tokenizer
 
 ROWS = ["reference", "noise", "FP8 block", "RTN floor", "RTN even", "RTN rceil", "RTN mse"]
-
-
-def character_tokenizer():
-    vocabulary = {chr(i): i for i in range(256)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="\x00", unk_token="?")
 
 
 @pytest.fixture

@@ -13,38 +13,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mimo_qat.models.upcycle import save_bf16
 from mimo_qat.qat import train
 from mimo_qat.qat.config import QatConfig
-from tests.qat.test_qat import character_tokenizer
+from tests.qat.test_qat import config as six_steps
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def bf16_folder(tiny_model, tmp_path):
-    """A BF16 folder and training text."""
-    save_bf16(tiny_model, character_tokenizer(), tmp_path / "model")
-    rows = [{"text": f"row {i}: " + "the quick brown fox jumps over the lazy dog. "[i % 7 :] * 3} for i in range(120)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
-
-
 def config(folder: Path, out: str, **changes) -> QatConfig:
-    settings = {
-        "model": str(folder / "model"),
-        "output_dir": str(folder / out),
-        "dataset_name": str(folder / "rows.jsonl"),
-        "max_length": 64,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-4,
-        "eval_steps": 4,
-        "save_steps": 2,
-        "logging_steps": 1,
-    }
-    return QatConfig(**settings | changes)
+    return six_steps(folder, **{"output_dir": str(folder / out), "max_steps": 4, "eval_steps": 4} | changes)
 
 
 def launch(configuration: QatConfig, processes: int) -> None:
@@ -63,38 +40,38 @@ def curve(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_learn_what_one_does(bf16_folder):
+def test_two_processes_learn_what_one_does(learnable):
     """Half the micro-batches each: the same global batches, gradients that are summed in another order."""
-    launch(config(bf16_folder, "one"), 1)
-    launch(config(bf16_folder, "two", gradient_accumulation_steps=1), 2)
-    one, two = (curve(bf16_folder / name) for name in ("one", "two"))
+    launch(config(learnable, "one"), 1)
+    launch(config(learnable, "two", gradient_accumulation_steps=1), 2)
+    one, two = (curve(learnable / name) for name in ("one", "two"))
     assert [line["step"] for line in two] == [1, 2, 3, 4]
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
     for a, b in zip(one, two, strict=True):
         assert b["kl"] == pytest.approx(a["kl"], rel=5e-3) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
     assert one[-1]["eval_kl"] == pytest.approx(two[-1]["eval_kl"], rel=1e-2)
-    masters = [load_file(bf16_folder / n / "checkpoints/step-000004/masters.safetensors") for n in ("one", "two")]
+    masters = [load_file(learnable / n / "checkpoints/step-000004/masters.safetensors") for n in ("one", "two")]
     for name, master in masters[0].items():
         # Adam's first steps move every weight by about the rate; a gradient near zero may flip its sign.
         assert (master - masters[1][name]).abs().max() < 4 * 2 * 3e-4, name
         assert (master - masters[1][name]).abs().mean() < 3e-5, name
 
 
-def test_the_same_state_is_the_same_file_from_one_and_from_two(bf16_folder):
+def test_the_same_state_is_the_same_file_from_one_and_from_two(learnable):
     """A finished run is resumed and exported again, by one process and by two."""
-    launch(config(bf16_folder, "run"), 1)
-    first = (bf16_folder / "run/model.safetensors").read_bytes()
-    (bf16_folder / "run/model.safetensors").unlink()
-    state = bf16_folder / "run/checkpoints/step-000004/state.json"
-    launch(config(bf16_folder, "run"), 1)
-    assert (bf16_folder / "run/model.safetensors").read_bytes() == first
+    launch(config(learnable, "run"), 1)
+    first = (learnable / "run/model.safetensors").read_bytes()
+    (learnable / "run/model.safetensors").unlink()
+    state = learnable / "run/checkpoints/step-000004/state.json"
+    launch(config(learnable, "run"), 1)
+    assert (learnable / "run/model.safetensors").read_bytes() == first
     state.write_text(state.read_text().replace('"gradient_accumulation_steps": 2', '"gradient_accumulation_steps": 1'))
-    launch(config(bf16_folder, "run", gradient_accumulation_steps=1), 2)
-    assert (bf16_folder / "run/model.safetensors").read_bytes() == first
+    launch(config(learnable, "run", gradient_accumulation_steps=1), 2)
+    assert (learnable / "run/model.safetensors").read_bytes() == first
 
 
-def test_a_gradient_that_is_not_finite_names_step_and_tensor(bf16_folder, monkeypatch):
-    configuration = config(bf16_folder, "nan")
+def test_a_gradient_that_is_not_finite_names_step_and_tensor(learnable, monkeypatch):
+    configuration = config(learnable, "nan")
     trainer = train.Trainer(configuration)
     original = train.Trainer._reduce_gradients
     poisoned = list(trainer.engine.masters)[3]
@@ -107,11 +84,11 @@ def test_a_gradient_that_is_not_finite_names_step_and_tensor(bf16_folder, monkey
     monkeypatch.setattr(train.Trainer, "_reduce_gradients", reduce)
     with pytest.raises(ValueError, match=f"step 3: the gradient of {poisoned} is not finite"):
         train.run(trainer)
-    saved = load_file(bf16_folder / "nan/checkpoints/step-000002/masters.safetensors")
+    saved = load_file(learnable / "nan/checkpoints/step-000002/masters.safetensors")
     assert all(torch.isfinite(m).all() for m in saved.values())
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(bf16_folder, monkeypatch):
+def test_a_full_disk_keeps_the_previous_checkpoint(learnable, monkeypatch):
     real = train.save_file
 
     def save(tensors, path):
@@ -122,9 +99,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(bf16_folder, monkeypatch):
 
     monkeypatch.setattr(train, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
-        train.main(config(bf16_folder, "full"))
-    folder = bf16_folder / "full/checkpoints"
+        train.main(config(learnable, "full"))
+    folder = learnable / "full/checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     monkeypatch.undo()
-    report = train.main(config(bf16_folder, "full"))
+    report = train.main(config(learnable, "full"))
     assert report["steps"] == 4 and (folder / "step-000004/masters.safetensors").is_file()

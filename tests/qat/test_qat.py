@@ -11,35 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.reader import Checkpoint, load_model
-from mimo_qat.models.upcycle import save_bf16
 from mimo_qat.qat.experts import TokenCounts, expert_parameters
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 from mimo_qat.qat.train import QatConfig, learning_rate, main
 
 ROOT = Path(__file__).parents[2]
-
-
-def character_tokenizer():
-    vocabulary = {chr(i): i for i in range(256)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="\x00", unk_token="?")
-
-
-@pytest.fixture
-def bf16_folder(tiny_model, tmp_path):
-    """A BF16 folder, training text, and the configuration of a six-step run."""
-    save_bf16(tiny_model, character_tokenizer(), tmp_path / "model")
-    rows = [{"text": f"row {i}: " + "the quick brown fox jumps over the lazy dog. "[i % 7 :] * 3} for i in range(120)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
 
 
 def config(folder, **changes):
@@ -139,23 +120,23 @@ def test_schedule_by_hand():
     assert learning_rate(c, 99) == pytest.approx(0.1, abs=1e-3)
 
 
-def test_a_run_lowers_the_held_out_kl_and_saves_what_it_trained(bf16_folder):
-    report = main(config(bf16_folder, max_steps=30, learning_rate=1e-3, save_steps=30))
+def test_a_run_lowers_the_held_out_kl_and_saves_what_it_trained(learnable):
+    report = main(config(learnable, max_steps=30, learning_rate=1e-3, save_steps=30))
     assert report["kl_qad"] < 0.8 * report["kl_rtn"]
     # Forward == file: every saved expert is on the FP4 grid, and is what the masters snap to.
     from safetensors.torch import load_file
 
-    masters = load_file(bf16_folder / "out/checkpoints/step-000030/masters.safetensors")
-    saved = Checkpoint(bf16_folder / "out")
+    masters = load_file(learnable / "out/checkpoints/step-000030/masters.safetensors")
+    saved = Checkpoint(learnable / "out")
     for layer in (1, 2, 3):
         for which, tensor in zip(("gate_up_proj", "down_proj"), saved.experts(layer), strict=True):
             assert torch.equal(tensor, mxfp4.snap(tensor))
             assert torch.equal(tensor, mxfp4.snap(masters[f"model.layers.{layer}.mlp.experts.{which}"]))
-    lines = [json.loads(line) for line in (bf16_folder / "out/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (learnable / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert {"loss", "kl", "flips", "codes_changed", "expert_tokens", "eval_kl"} <= lines[-1].keys()
     # Everything that is not an expert is what it was.
-    before, after = (load_model(bf16_folder / d, dtype=torch.bfloat16) for d in ("model", "out"))
+    before, after = (load_model(learnable / d, dtype=torch.bfloat16) for d in ("model", "out"))
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b) == (".experts." not in name), name
 
@@ -178,29 +159,29 @@ def run_until_killed(folder, at_step):
     raise AssertionError("the run never reached the step")
 
 
-def test_kill_and_resume_ends_with_the_same_bytes(bf16_folder):
-    run_until_killed(bf16_folder, at_step=3)
-    assert not (bf16_folder / "out/config.json").exists()
+def test_kill_and_resume_ends_with_the_same_bytes(learnable):
+    run_until_killed(learnable, at_step=3)
+    assert not (learnable / "out/config.json").exists()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        resumed = main(config(bf16_folder))
-        undisturbed = main(config(bf16_folder, output_dir=str(bf16_folder / "whole")))
+        resumed = main(config(learnable))
+        undisturbed = main(config(learnable, output_dir=str(learnable / "whole")))
     finally:
         torch.set_num_threads(threads)
     for file in ("model.safetensors", "checkpoints/step-000006/masters.safetensors"):
-        assert (bf16_folder / "out" / file).read_bytes() == (bf16_folder / "whole" / file).read_bytes(), file
+        assert (learnable / "out" / file).read_bytes() == (learnable / "whole" / file).read_bytes(), file
     assert resumed | {"folder": ""} == undisturbed | {"folder": ""}
-    steps = [json.loads(line)["step"] for line in (bf16_folder / "out/metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (learnable / "out/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 7))
 
 
-def test_resume_refuses_another_configuration(bf16_folder):
-    main(config(bf16_folder, max_steps=2))
+def test_resume_refuses_another_configuration(learnable):
+    main(config(learnable, max_steps=2))
     with pytest.raises(ValueError, match=r"made with learning_rate 0.0003, now 1.0"):
-        main(config(bf16_folder, max_steps=2, learning_rate=1.0))
+        main(config(learnable, max_steps=2, learning_rate=1.0))
 
 
-def test_too_little_data_is_one_clear_error(bf16_folder):
+def test_too_little_data_is_one_clear_error(learnable):
     with pytest.raises(ValueError, match="give more data or a smaller batch"):
-        main(config(bf16_folder, per_device_train_batch_size=500))
+        main(config(learnable, per_device_train_batch_size=500))
