@@ -482,10 +482,12 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
         cache: Cache | None = None,
+        document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """`attention_mask` [B, past + S] is nonzero on real tokens. `position_ids` [B, S] that restart inside a row
-        mark packed documents, which then do not see each other (calls without a cache only). `cache` is what
+        mark packed documents, which then do not see each other (calls without a cache only). `document_ids` [B, S] says
+        so outright, and spares the question whether there is a restart, for which the host waits. `cache` is what
         transformers calls `past_key_values` since 5.24; either name is taken.
 
         `output_hidden_states` may be a list of indices. Entry 0 is the embedding, entry i + 1 the residual stream
@@ -500,10 +502,10 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = None
+        documents = document_ids
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        elif not continues and attention_mask is None:
+        elif not continues and attention_mask is None and documents is None:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) <= 0
             documents = restarts.cumsum(1) if restarts.any() else None
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -514,13 +516,13 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         def mask_of(k_len, window):
             return visible_keys(x.shape[1], k_len, window, padding, documents, x.device)
 
-        # A cache knows how many keys a layer has only once it is updated; without one they are the new positions, and
-        # tensors instead of a function leave attention a graph that can be compiled.
-        masks = (
-            mask_of
-            if past_key_values is not None
-            else {window: mask_of(x.shape[1], window) for window in {layer.self_attn.window for layer in self.layers}}
-        )
+        # A cache knows how many keys a layer has only once it is updated. Without one they are the new positions, and
+        # tensors in the place of a function leave attention a graph that can be compiled.
+        masks = mask_of
+        if past_key_values is None:
+            masks = {
+                window: mask_of(x.shape[1], window) for window in {layer.self_attn.window for layer in self.layers}
+            }
         kinds = {(layer.self_attn.rope_theta, layer.self_attn.rotary_dim) for layer in self.layers}
         rotary = {kind: rotary_table(position_ids, kind[1], kind[0], x.dtype) for kind in kinds}
         wanted = range(len(self.layers) + 1) if output_hidden_states is True else output_hidden_states or ()

@@ -1,4 +1,4 @@
-"""The study and its report, end to end on a tiny model: figures come out under their names and agree with each other."""
+"""The study and its report, end to end on a tiny model: figures come out under their names and agree."""
 
 import importlib.util
 import json
@@ -22,7 +22,8 @@ def script(name):
 @pytest.mark.slow
 def test_two_shares_of_a_study_make_one_report(learnable, monkeypatch, capsys):
     packed = learnable / "packed.safetensors"
-    data.main(data.PackConfig(model=str(learnable / "model"), output=str(packed), dataset_name=str(learnable / "rows.jsonl"), max_length=64))  # fmt: skip
+    source = {"model": str(learnable / "model"), "dataset_name": str(learnable / "rows.jsonl")}
+    data.main(data.PackConfig(**source, output=str(packed), max_length=64))
     monkeypatch.setattr(data, "load_packed", data.load_packed)  # the study caches it
     shares = {"a": "^qad short$|rceil", "b": "^ce short$|^qad long"}
     for share, arms in shares.items():
@@ -45,7 +46,9 @@ def test_two_shares_of_a_study_make_one_report(learnable, monkeypatch, capsys):
     assert best["value"] == max(trained.values()) == trained[best["conditions"]["run"]]
     assert gaps["RTN even"] == 0
     assert "Not measured: qad short floor (not run)" in printed
-    assert (learnable / "a" / "qad-short-rceil").parent.is_dir() and (learnable / "b" / "qad-long/config.json").is_file()
+    assert (learnable / "a" / "qad-short-rceil").parent.is_dir() and (
+        learnable / "b" / "qad-long/config.json"
+    ).is_file()
     wrong = json.loads(Path(files[1]).read_text())
     wrong["rows"]["RTN even"]["kl_mean"] *= 2
     Path(files[1]).write_text(json.dumps(wrong))
