@@ -18,9 +18,8 @@ def shard(model: Any, device: torch.device) -> None:
     averaged, and in float32: the loss of a micro-batch is already divided by the tokens of the whole step. The head,
     which the loss needs whole in every micro-batch, stays whole.
     """
-    body, head = body_and_head(model)
-    if head is model.get_input_embeddings().weight:
-        model.lm_head.weight = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
+    body, _ = body_and_head(model)
+    keep_head_whole(model, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for unit in (*experts_modules(body).values(), *body.layers, body):  # type: ignore[misc]
@@ -28,7 +27,14 @@ def shard(model: Any, device: torch.device) -> None:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other; NCCL's scaled sum is not needed
-    model.to(device)  # the head, where the model was loaded elsewhere
+
+
+def keep_head_whole(model: Any, device: torch.device) -> None:
+    """Moves the head to `device` and gives it a weight of its own, if it shares the embedding's."""
+    _, head = body_and_head(model)
+    if head is model.get_input_embeddings().weight:
+        model.lm_head.weight = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
+    model.lm_head.to(device)
 
 
 def gather(model: Any, engine: Any, keep: bool) -> dict[str, torch.Tensor]:

@@ -57,8 +57,8 @@ def sharding(config: QatConfig, accelerator: Accelerator) -> str:
     kind = kind if config.sharding == "auto" else config.sharding
     if kind == "fsdp2" and accelerator.num_processes < 2:
         raise ValueError("fsdp2 shards over processes and there is one; launch more, or use sharding none")
-    if kind == "zero" and config.engine == "hook":
-        raise ValueError("DeepSpeed keeps its own masters; use engine snapped, or the hook engine with FSDP2")
+    if kind == "zero" and (config.engine == "hook" or config.master_dtype != "float32"):
+        raise ValueError("DeepSpeed keeps FP32 masters of its own; use engine snapped and master_dtype float32")
     return kind
 
 
@@ -87,11 +87,11 @@ class Trainer:
             self.model.train()
         self.matched = match_report(self.model)
         self.counts = TokenCounts(self.model)
+        self.engine = self._engine()
+        self.optimizer = self.engine.optimizer
         self.biases = [b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")]
         if config.balance_rate and not self.biases:
             raise ValueError("balance_rate needs routers with an e_score_correction_bias; leave it at 0 for this model")
-        self.engine = self._engine()
-        self.optimizer = self.engine.optimizer
         self.train_rows, self.eval_rows = self._data()
         self.step = 0
 
@@ -110,6 +110,11 @@ class Trainer:
             shard.shard(model, self.accelerator.device)
             now = dict(model.named_parameters())
             experts, others = ({name: now[name] for name in names} for names in (experts, others))
+        if self.sharding == "zero":
+            from mimo_qat.qat.zero import ZeroEngine  # imports DeepSpeed
+
+            shard.keep_head_whole(model, self.accelerator.device)
+            return ZeroEngine(self.accelerator, model, experts, config, transposed=transposed, others=others)
         if config.engine == "hook":
             return HookEngine(model, experts, rule, transposed=transposed)
         dtype = getattr(torch, config.master_dtype)
@@ -166,7 +171,8 @@ class Trainer:
 
     def hidden(self, batch: data.Packed) -> torch.Tensor:
         """Final hidden states [real tokens, hidden] of a packed batch."""
-        return final_hidden(self.model, batch["input_ids"], batch["position_ids"])[batch["doc_ids"] >= 0]
+        decoder = self.engine.decoder if self.sharding == "zero" else None
+        return final_hidden(self.model, batch["input_ids"], batch["position_ids"], decoder)[batch["doc_ids"] >= 0]
 
     def micro_step(self, batch: data.Packed, all_tokens: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; float32 [loss, KL, CE], each divided by the tokens of the step."""
