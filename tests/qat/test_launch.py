@@ -71,37 +71,36 @@ def test_the_same_state_is_the_same_file_from_one_and_from_two(learnable):
 
 
 def test_a_gradient_that_is_not_finite_names_step_and_tensor(learnable, monkeypatch):
-    configuration = config(learnable, "nan")
-    trainer = train.Trainer(configuration)
-    original = train.Trainer._reduce_gradients
-    poisoned = list(trainer.engine.masters)[3]
+    trainer = train.Trainer(config(learnable, "nan"))
+    engine = trainer.engine
+    original, poisoned = engine.gradient_norm, list(engine.masters)[3]
 
-    def reduce(self):
-        if self.step == 2:
-            self.engine.masters[poisoned].grad[0, 0, 0] = float("nan")
-        return original(self)
+    def gradient_norm():
+        if trainer.step == 2:
+            engine.masters[poisoned].grad[0, 0, 0] = float("nan")
+        return original()
 
-    monkeypatch.setattr(train.Trainer, "_reduce_gradients", reduce)
+    monkeypatch.setattr(engine, "gradient_norm", gradient_norm)
     with pytest.raises(ValueError, match=f"step 3: the gradient of {poisoned} is not finite"):
         train.run(trainer)
-    saved = load_file(learnable / "nan/checkpoints/step-000002/masters.safetensors")
-    assert all(torch.isfinite(m).all() for m in saved.values())
+    saved = masters_of(learnable / "nan/checkpoints/step-000002")
+    assert len(saved) == 6 and all(torch.isfinite(m).all() for m in saved.values())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(learnable, monkeypatch):
-    real = train.save_file
+    real = state.save_file
 
-    def save(tensors, path):
+    def save(tensors, path, metadata):
         if "step-000004" in str(path):
             Path(path).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(train, "save_file", save)
+    monkeypatch.setattr(state, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
         train.main(config(learnable, "full"))
     folder = learnable / "full/checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     monkeypatch.undo()
     report = train.main(config(learnable, "full"))
-    assert report["steps"] == 4 and (folder / "step-000004/masters.safetensors").is_file()
+    assert report["steps"] == 4 and len(masters_of(folder / "step-000004")) == 6
