@@ -56,6 +56,8 @@ class QatConfig:
     """how the model is spread over processes; "auto" does what accelerate was launched with, DeepSpeed included"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass"""
+    compile: bool = True
+    """on a GPU, sort tokens by expert and compile norms, attention and routers; half a minute at the start"""
     deterministic: bool = True
     """use only kernels that give the same bits every time, so that a resumed run ends with the same bytes"""
     logging_steps: int = 5

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mimo_qat import data
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.load import final_hidden, load_for_training, save_trained
 from mimo_qat.provenance import JsonlLog, write_json, write_provenance
 from mimo_qat.qat import shard, state
@@ -85,6 +86,8 @@ class Trainer:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
+        if config.compile and self.accelerator.device.type == "cuda":
+            use_training_kernels(self.model, modules=self.sharding == "none")
         self.matched = match_report(self.model)
         self.counts = TokenCounts(self.model)
         self.engine = self._engine()

@@ -226,7 +226,9 @@ class ZeroEngine(SnappedCopy):
     # ---- what a checkpoint holds
 
     def state(self) -> dict[str, Span]:
-        flats = self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        flats = (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
         by_memory = {flat.untyped_storage().data_ptr(): flat for flat in flats}
         spans: dict[str, Span] = {}
         for name, master in self.masters.items():
