@@ -75,8 +75,8 @@ def _protect_float32(body: nn.Module) -> None:
 class ZeroEngine(SnappedCopy):
     """`SnappedCopy` for parameters that DeepSpeed partitions. `decoder` is DeepSpeed's engine around the decoder.
 
-    `originals` are partitions under ZeRO-3 and whole under ZeRO-2. The teacher's and the student's forward passes alternate,
-    so ZeRO-3's trace of the module order breaks in each backward pass, which then gathers without prefetching.
+    `originals` are partitions under ZeRO-3 and whole under ZeRO-2. The teacher's and the student's forward passes
+    alternate, so ZeRO-3's trace of the module order breaks in each backward pass, which then gathers without prefetch.
     """
 
     def __init__(
@@ -226,7 +226,9 @@ class ZeroEngine(SnappedCopy):
     # ---- what a checkpoint holds
 
     def state(self) -> dict[str, Span]:
-        flats = self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        flats = (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
         by_memory = {flat.untyped_storage().data_ptr(): flat for flat in flats}
         spans: dict[str, Span] = {}
         for name, master in self.masters.items():
