@@ -53,14 +53,27 @@ def sharding(config: QatConfig, accelerator: Accelerator) -> str:
     kind = {DistributedType.FSDP: "fsdp2", DistributedType.DEEPSPEED: "zero"}.get(launched, "none")
     if config.sharding != "auto" and kind == "zero":
         raise ValueError(f"sharding {config.sharding} under a DeepSpeed launch; use another accelerate recipe")
-    if kind == "fsdp2" and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError("FSDP1 flattens parameters across MXFP4 blocks; set fsdp_version: 2 in the accelerate recipe")
+    if launched == DistributedType.FSDP:
+        _check_fsdp_plugin(accelerator.state.fsdp_plugin)
     kind = kind if config.sharding == "auto" else config.sharding
     if kind == "fsdp2" and accelerator.num_processes < 2:
         raise ValueError("fsdp2 shards over processes and there is one; launch more, or use sharding none")
     if kind == "zero" and (config.engine == "hook" or config.master_dtype != "float32"):
         raise ValueError("DeepSpeed keeps FP32 masters of its own; use engine snapped and master_dtype float32")
     return kind
+
+
+def _check_fsdp_plugin(plugin: Any) -> None:
+    """ValueError for settings of an FSDP launch that the engines do not follow."""
+    offload = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+    for wrong, remedy in (
+        (plugin.fsdp_version != 2, "fsdp_version: 2 (FSDP1 flattens parameters across MXFP4 blocks)"),
+        (offload, "fsdp_offload_params: false (masters are snapped on the GPU)"),
+        (not plugin.reshard_after_forward, "fsdp_reshard_after_forward: true (teacher and student are gathered anew)"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false (every process reads the model)"),
+    ):
+        if wrong:
+            raise ValueError(f"this FSDP launch is not supported; set {remedy}, as in recipes/accelerate/fsdp2.yaml")
 
 
 class Trainer:
@@ -230,6 +243,11 @@ class Trainer:
             "tokens_per_s": all_tokens / seconds,
         }
 
+    def expert_tokens(self) -> list[list[int]]:
+        """Tokens that each expert of each MoE layer got since the last call, on all processes."""
+        counts = torch.tensor(self.counts.take(), device=self.accelerator.device)
+        return self.accelerator.reduce(counts, "sum").tolist()
+
     @torch.no_grad()
     def _balance(self, load_LE: torch.Tensor) -> None:
         load_LE = self.accelerator.reduce(load_LE.to(self.accelerator.device), "sum").float()
@@ -330,8 +348,9 @@ def run(trainer: Trainer, save_model: bool = True) -> dict[str, Any]:
         if evaluating or trainer.step % config.logging_steps == 0:
             metrics["codes_changed"] = trainer.engine.changed_against_ptq()
             accelerator.log(metrics, step=trainer.step)
+            expert_tokens = trainer.expert_tokens()
             if log:
-                log.write(**metrics, expert_tokens=trainer.counts.take())
+                log.write(**metrics, expert_tokens=expert_tokens)
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", ptq=f"{ptq['eval_kl']:.4f}", flips=metrics["flips"])
         bar.update()
         if config.save_steps and (last or trainer.step % config.save_steps == 0):

@@ -75,8 +75,8 @@ def _protect_float32(body: nn.Module) -> None:
 class ZeroEngine(SnappedCopy):
     """`SnappedCopy` for parameters that DeepSpeed partitions. `decoder` is DeepSpeed's engine around the decoder.
 
-    `originals` are partitions under ZeRO-3 and whole under ZeRO-2. The teacher's and the student's forward passes alternate,
-    so ZeRO-3's trace of the module order breaks in each backward pass, which then gathers without prefetching.
+    `originals` are partitions under ZeRO-3 and whole under ZeRO-2. The teacher's and the student's forward passes
+    alternate, so ZeRO-3's trace of the module order breaks in each backward pass, which then gathers without prefetch.
     """
 
     def __init__(
