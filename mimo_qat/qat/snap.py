@@ -88,7 +88,7 @@ class SnappedCopy:
                 param.register_post_accumulate_grad_hook(lambda p, name=name: self._move_gradient(name, p))
         self.snap()
 
-    def _make_masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    def _make_masters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {name: nn.Parameter(local(p).to(dtype, copy=True)) for name, p in self.params.items()}
 
     def shown(self, name: str) -> torch.Tensor:
