@@ -152,5 +152,5 @@ class DistillConfig:
 # What may change between a killed run and its continuation without changing the weights.
 FREE_ON_RESUME = frozenset(
     "target output_dir data logging_steps eval_steps save_steps resume_from_checkpoint eval_prompts "
-    "eval_max_new_tokens report_to cache_taps compile".split()
+    "eval_max_new_tokens report_to cache_taps".split()
 )

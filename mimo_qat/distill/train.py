@@ -223,7 +223,8 @@ class Distiller:
             torch.save({**state, "optimizer": self.optimizer.state_dict()}, path)
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        # To the CPU: torch's loader knows no "cpu:0", and AdamW reads its step counters on the host.
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         now = asdict(self.config)
         for name in sorted(now.keys() - FREE_ON_RESUME):
             if state["config"].get(name) != now[name]:

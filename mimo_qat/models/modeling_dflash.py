@@ -106,10 +106,10 @@ class DFlashConfig(PreTrainedConfig):
             "mask_token_id": self.mask_token_id,
             "attention_value_scale": self.attention_value_scale,
             "attention_sink_bias": self.attention_sink_bias,
-            **head,
         }
         if self.use_sliding_window:
             self.dflash_config["swa_window_size"] = self.sliding_window
+        self.dflash_config |= head
         self.rope_parameters = {
             "rope_type": "default",
             "rope_theta": self.rope_theta,

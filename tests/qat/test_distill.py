@@ -34,6 +34,7 @@ from mimo_qat.models.dflash_files import load_drafter
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 
 SIZE = 4
+HEAD = {"conv_kernel_size": 2, "selector_rank": 8, "selector_top_k": 4}
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -137,14 +138,18 @@ def test_step_divides_by_the_denominator_then_clips():
 
 
 def test_muon_takes_matrices_and_leaves_norms_sinks_and_the_mask_vector(tiny_model, tmp_path):
-    config = settings(tmp_path)
+    config = settings(tmp_path, **HEAD)
     optimizer = MasterOptimizer(new_drafter(config, tiny_model, 511), "muon")
     adamw, muon = ([id(p) for g in o.param_groups for p in g["params"]] for o in optimizer.optimizers)
     names = {id(m): n for n, m in optimizer.masters.items()}
     assert {names[i].split(".")[-2] for i in muon} == {
         "fc", *(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")),
+        "kernel_projection", "hidden_projection",
     }  # fmt: skip
-    assert {"mask_embedding", "layers.0.self_attn.attention_sink_bias", "norm.weight"} <= {names[i] for i in adamw}
+    assert {
+        "mask_embedding", "layers.0.self_attn.attention_sink_bias", "norm.weight", "layers.0.mlp_conv.base_kernel",
+        "candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook",
+    } <= {names[i] for i in adamw}  # fmt: skip
     assert len(adamw) + len(muon) == len(names)
 
 
@@ -196,9 +201,9 @@ def random_drafter(model, tmp_path, **changes):
 PROMPT = [17, 3, 99, 200, 41, 7]
 
 
-@pytest.mark.parametrize("window", [64, 6])
-def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_path, window):
-    drafter = random_drafter(tiny_model, tmp_path, sliding_window=window)
+@pytest.mark.parametrize("window, head", [(64, {}), (6, {}), (6, HEAD)], ids=str)
+def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_path, window, head):
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=window, **head)
     prompts = [PROMPT, [5], list(range(40, 70))]  # a prompt of one token, and one longer than the windows
     result = decode.evaluate(tiny_model, drafter, prompts, 24, compare_greedy=True)
     assert result["equal_to_greedy"] == 3
@@ -206,8 +211,10 @@ def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_p
     assert result["tokens"] == 72 and result["cap"] == SIZE and len(result["survival"]) == SIZE - 1
 
 
-def test_transformers_generates_the_same_tokens_with_the_drafter(tiny_model, tmp_path):
-    drafter = random_drafter(tiny_model, tmp_path, sliding_window=6)
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "head"])
+def test_transformers_generates_the_same_tokens_with_the_drafter(tiny_model, tmp_path, head):
+    """A selector is not asked there; the drafter still works, as plain DFlash with convolutions."""
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=6, **head)
     ids = torch.tensor([PROMPT])
     plain = tiny_model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
     options = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, speculation_type="dflash")
@@ -293,8 +300,9 @@ def test_distinct_3_and_pooling_by_hand():
     assert 1.0 <= low < 12 / 7 < high <= 4.0
 
 
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "head"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device):
+def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device, head):
     answer = decode.greedy(tiny_model, PROMPT, 25)
     ids = torch.tensor([[*PROMPT, *answer]])
     rows = {
@@ -305,7 +313,7 @@ def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, d
     }
     config = settings(
         tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=10,
-        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True, use_cpu=device == "cpu",
+        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True, use_cpu=device == "cpu", **head,
     )  # fmt: skip
     out = distill(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows(), [PROMPT], [])
     assert out["accuracy"] == 1.0
@@ -398,7 +406,10 @@ KILLED_RUN = """
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, tiny_config, tmp_path, request):
-    changes = {"optimizer": "muon", "bf16": True, "gradient_accumulation_steps": 2, "num_draft_layers": 2}
+    changes = {
+        "optimizer": "muon", "bf16": True, "gradient_accumulation_steps": 2, "num_draft_layers": 2, "loss": "dpace",
+        "finish_loss": "tv", "finish_ratio": 0.25, "ema_decay": 0.9, **HEAD,
+    }  # fmt: skip
     torch.save(tiny_model.state_dict(), tmp_path / "weights.pt")
     tiny_model.bfloat16()
 
@@ -423,6 +434,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, tiny_config, tmp_pat
     states = [torch.load(tmp_path / o / "checkpoint.pt", weights_only=True) for o in ("killed", "whole")]
     for name, master in states[0]["optimizer"]["masters"].items():
         assert torch.equal(master, states[1]["optimizer"]["masters"][name]), name
+        average = states[0]["optimizer"]["averages"][name]
+        assert torch.equal(average, states[1]["optimizer"]["averages"][name]), name
+        assert not torch.equal(average, master), name
     lines = [
         [
             {k: v for k, v in json.loads(line).items() if k not in ("seconds_per_step", "tokens_per_s")}
