@@ -39,16 +39,20 @@ class Candidates:
         return Candidates(self.ids[index], self.log_probs[index])
 
 
-def top_candidates(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores [..., V] -> (ids, scores), both [..., min(top_k, V)], in ascending order of ids."""
-    values, ids = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+def top_candidates(
+    scores: torch.Tensor, top_k: int, ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores [..., V] of token `ids` [..., V] (0..V-1 without them) -> (ids, scores), both [..., min(top_k, V)], in
+    ascending order of ids."""
+    values, places = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+    ids = places if ids is None else ids.expand_as(scores).gather(-1, places)
     ids, order = ids.sort(dim=-1)
     return ids, values.gather(-1, order)
 
 
-def marginal_candidates(scores: torch.Tensor, top_k: int = TOP_K) -> Candidates:
+def marginal_candidates(scores: torch.Tensor, top_k: int = TOP_K, ids: torch.Tensor | None = None) -> Candidates:
     """The most likely tokens of each slot by its own scores [..., D, V] (logits; any constant a row may be added)."""
-    ids, values = top_candidates(scores, top_k)
+    ids, values = top_candidates(scores, top_k, ids)
     log_probs = values.float() - scores.float().logsumexp(-1, keepdim=True)
     return Candidates(ids, log_probs[..., None, :])
 

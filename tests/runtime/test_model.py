@@ -123,7 +123,7 @@ def test_drafts_equal_the_transformers_drafter(tmp_path, tiny_config, reference,
     draft_context(drafter, draft_caches, taps[:40], 0)
     draft_context(drafter, draft_caches, torch.cat((taps[40:43], torch.randn(5, taps.shape[1]))), 40)
     draft_context(drafter, draft_caches, torch.cat((taps[43:50], torch.randn(1, taps.shape[1]))), 43)
-    got = draft_forward(target, drafter, draft_caches, ids[50:51], 50)
+    _, got = draft_forward(target, drafter, draft_caches, ids[50:51], 50)
 
     oracle = DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
     noise = oracle.block_rows(target.embed[ids[50]][None, None])
