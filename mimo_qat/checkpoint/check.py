@@ -17,7 +17,7 @@ from mimo_qat.checkpoint import values
 from mimo_qat.checkpoint.check_drafter import check_drafter
 from mimo_qat.checkpoint.findings import Report, few
 from mimo_qat.checkpoint.folder import inside
-from mimo_qat.checkpoint.geometry import Config, Geometry, parse_json, read_text
+from mimo_qat.checkpoint.geometry import DRAFTER_CLASSES, Config, Geometry, parse_json, read_text
 from mimo_qat.checkpoint.layout import (
     DRAFTER_FILE,
     MX_BLOCK,
@@ -37,7 +37,7 @@ PACKED_FORMAT = "mxfp4-pack-quantized"
 # (pattern of the tensor's name, kind of difference, finding): the first that fits, else the kind itself.
 _NAMED = (
     (r"\.self_attn\.sinks$|\.mlp\.experts\.(gate_up_proj|down_proj)$", "unknown", "library-names"),
-    (r"^(layers\.\d+\.|fc\.|norm\.|hidden_norm\.)", "unknown", "drafter-in-index"),
+    (r"^(layers\.\d+\.|fc\.|norm\.|hidden_norm\.|candidate_selector\.)", "unknown", "drafter-in-index"),
     (r"\.(input_scale|weight_scale_2|weight_global_scale|weight_zero_point)$", "unknown", "extra-scales"),
     (r"\.experts\..*\.(weight_scale_inv|scale|weight_scales)$", "unknown", "scale-name"),
     (r"\.attention_sink_bias$", "missing unknown", "layer-pattern"),
@@ -315,7 +315,7 @@ def _is_drafter(folder: Path) -> bool:
     except ValueError:
         return not (folder / "config.json").is_file() and (folder / DRAFTER_FILE).is_file()
     names = config.get("architectures")
-    return isinstance(names, list) and "DFlashDraftModel" in names
+    return isinstance(names, list) and any(name in names for name in DRAFTER_CLASSES)
 
 
 @torch.no_grad()

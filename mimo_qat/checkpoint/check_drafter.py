@@ -5,7 +5,13 @@ from pathlib import Path
 
 from mimo_qat.checkpoint.findings import Report, few
 from mimo_qat.checkpoint.folder import TensorFolder
-from mimo_qat.checkpoint.geometry import Config, DraftGeometry, Geometry, default_target_layer_ids
+from mimo_qat.checkpoint.geometry import (
+    DRAFTER_CLASSES,
+    Config,
+    DraftGeometry,
+    Geometry,
+    default_target_layer_ids,
+)
 from mimo_qat.checkpoint.layout import DRAFTER_FILE, differences, drafter_tensors, totals
 from mimo_qat.checkpoint.reader import MASK_FILE, mask_token_of, read_draft_config, read_mask_embedding
 from mimo_qat.checkpoint.values import finite
@@ -73,6 +79,9 @@ def _draft_spelling(config: Config, g: DraftGeometry, report: Report) -> None:
     scaled = "attention_value_scale" in inner or "attention_value_scale" in config
     report.expect(scaled, "drafter-value-scale", "no attention_value_scale")
     report.expect(g.sinks, "drafter-sinks", "no attention sinks")
+    names = config.get("architectures") or []
+    expected = DRAFTER_CLASSES[bool(g.conv_groups or g.selector_rank)]
+    report.expect(expected in names, "drafter-class", f"architectures are {names}, the tensors those of {expected}")
     report.expect("backbone_rotary_base" not in inner, "drafter-rope-base", "backbone_rotary_base is written")
 
 

@@ -162,6 +162,7 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     "drafter-rotary": ("warning", "some engines rotate the whole head", AGAIN),
     "drafter-window": ("warning", "some engines run full attention: less acceptance in long contexts", AGAIN),
     "drafter-value-scale": ("warning", "values are not scaled as in training", "write it (published: 0.612)"),
+    "drafter-class": ("warning", "engines then run another head than the trained one, or none", AGAIN),
     "drafter-sinks": ("note", "fine if it was trained without them", ""),
     "drafter-rope-base": ("note", "training metadata that two readers take for the rotary base", AGAIN),
     "drafter-code": ("note", "transformers cannot load it by itself; engines do not need it", "convert again"),

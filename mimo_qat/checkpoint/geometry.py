@@ -262,12 +262,17 @@ def _window(config: Config, any_swa: bool) -> int | None:
     return positive(config, "sliding_window")
 
 
+# `architectures` of a drafter without and with a DFlash2 head.
+DRAFTER_CLASSES = ("DFlashDraftModel", "DFlash2DraftModel")
+
+
 @dataclass(frozen=True)
 class DraftGeometry:
     """A DFlash drafter as its config.json describes it, with the spellings of every published release accepted.
 
     `sliding_window` counts keys, the query's own included, and is None for full attention. `target_layer_ids` are
-    0-based decoder layers whose output residual stream is a feature.
+    0-based decoder layers whose output residual stream is a feature. The DFlash2 head: `conv_groups` is 0 without
+    convolutions, `selector_rank` 0 without a selector.
     """
 
     hidden_size: int
@@ -287,6 +292,8 @@ class DraftGeometry:
     sinks: bool
     causal: bool
     vocab_size: int
+    conv_groups: int = 0
+    selector_rank: int = 0
 
     @classmethod
     def from_config(cls, draft_config: Config) -> "DraftGeometry":
@@ -333,8 +340,17 @@ class DraftGeometry:
         layers = positive(draft_config, "num_hidden_layers")
         if layers > MAX_LAYERS:
             raise ValueError(f"the drafter's num_hidden_layers is {layers}, more than {MAX_LAYERS}; correct it")
+        hidden, taps_of_conv = positive(draft_config, "hidden_size"), either("conv_kernel_size", 0)
+        if taps_of_conv not in (0, 2):
+            raise ValueError(
+                f"the drafter's conv_kernel_size is {brief(taps_of_conv)}; only 2 is known, export it again"
+            )
+        group = positive({"conv_group_size": either("conv_group_size", 16)}, "conv_group_size")
+        if taps_of_conv and hidden % group:
+            raise ValueError(f"the drafter's conv_group_size {group} does not divide hidden_size {hidden}; correct it")
+        rank = either("selector_rank", 0)
         return cls(
-            hidden_size=positive(draft_config, "hidden_size"),
+            hidden_size=hidden,
             num_hidden_layers=layers,
             heads=positive(draft_config, "num_attention_heads"),
             kv_heads=positive(draft_config, "num_key_value_heads"),
@@ -359,6 +375,8 @@ class DraftGeometry:
             ),
             causal=agreed("causal", draft_config.get("is_causal"), inner.get("causal"), default=False),
             vocab_size=positive(draft_config, "vocab_size"),
+            conv_groups=hidden // group if taps_of_conv else 0,
+            selector_rank=positive({"selector_rank": rank}, "selector_rank") if rank else 0,
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimo_qat.checkpoint.geometry import (
+    DRAFTER_CLASSES,
     Config,
     DraftGeometry,
     Geometry,
@@ -175,7 +176,8 @@ def target_tensors(
 def drafter_tensors(draft_config: Config) -> dict[str, TensorSpec]:
     """Published name -> TensorSpec of a DFlash drafter (63 BF16 tensors at five layers), in file order.
 
-    No embedding and no head: both are the target's. The file is DRAFTER_FILE, or parts of it above 5 GB.
+    No embedding and no head: both are the target's. The file is DRAFTER_FILE, or parts of it above 5 GB. A DFlash2 head
+    has convolutions around each sublayer (four tensors a layer) and a selector with two codebooks (three tensors).
     """
     g = DraftGeometry.from_config(draft_config)
     table = _Table()
@@ -194,7 +196,14 @@ def drafter_tensors(draft_config: Config) -> dict[str, TensorSpec]:
         table.norm(attn + "q_norm", g.head_dim)
         table.linear(attn + "q_proj", g.heads * g.head_dim, g.hidden_size, "bf16")
         table.linear(attn + "v_proj", g.kv_heads * g.head_dim, g.hidden_size, "bf16")
+        for conv in ("attention_conv.", "mlp_conv.") if g.conv_groups else ():
+            table.put(prefix + conv + "base_kernel", "BF16", 2, 2, g.hidden_size)
+            table.linear(prefix + conv + "kernel_projection", 4 * g.conv_groups, g.hidden_size, "bf16")
     table.norm("norm", g.hidden_size)
+    if g.selector_rank:
+        table.linear("candidate_selector.hidden_projection", g.selector_rank, g.hidden_size, "bf16")
+        for codebook in ("predecessor_codebook", "successor_codebook"):
+            table.put(f"candidate_selector.{codebook}", "BF16", g.vocab_size, g.selector_rank)
     specs = dict(sorted(table.specs.items()))
     if totals(specs)[1] > HF_SHARD_BYTES:
         return hf_shards(specs, stem=DRAFTER_FILE.removesuffix(".safetensors"))
@@ -409,7 +418,7 @@ def main(cfg: LayoutConfig) -> dict[str, Any]:
     path = Path(cfg.config_json)
     path = path / "config.json" if path.is_dir() else path
     config = read_json(path)
-    if "DFlashDraftModel" in (config.get("architectures") or ()):
+    if set(DRAFTER_CLASSES) & set(config.get("architectures") or ()):
         doc: dict[str, Any] = {"drafter": _drafter_report(config, cfg.list)}
         return doc
     if cfg.router_dtype is not None:

@@ -5,8 +5,13 @@ target's residual stream after `target_layer_ids`, through `fc` and `hidden_norm
 to the target (arXiv 2602.06036). The file is self-contained (torch and transformers only) because a copy travels
 inside every release as `dflash.py`.
 
+The optional DFlash2 head adds a two-tap convolution around every sublayer (`BlockConv`) and a selector of a coherent
+path through each slot's best candidates (`CandidateSelector`); names and shapes are those of the drafters that z-lab
+publishes. Both start as the identity. transformers' own DFlash generation knows no selector: there such a drafter
+takes every slot's best token, which stays correct and accepts less.
+
 Shape letters: B batch, C context rows, R block rows, K key rows, D hidden size, N query heads, G key-value heads,
-H head size, T taps.
+H head size, T taps, k candidates, r selector rank.
 """
 
 import functools
@@ -30,7 +35,8 @@ class DFlashConfig(PreTrainedConfig):
     `partial_rotary_factor` and `rope_theta` at the top or in `rope_parameters`. After construction the top level
     holds them all, and `is_causal`, `use_sliding_window`, `sliding_window`, `layer_types`, `attention_value_scale`
     and `attention_sink_bias` are settled. Absent causality means non-causal, which is what MiMo ships; a hybrid of
-    full and sliding layers without the key is refused, because published hybrids disagree.
+    full and sliding layers without the key is refused, because published hybrids disagree. The DFlash2 head is there
+    where `conv_kernel_size` or `selector_rank` is; 0 means absent, after construction None.
     """
 
     model_type = "qwen3"
@@ -55,6 +61,10 @@ class DFlashConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     attention_value_scale: float | None = None
     attention_sink_bias: bool | None = None
+    conv_kernel_size: int | None = None
+    conv_group_size: int | None = None
+    selector_rank: int | None = None
+    selector_top_k: int | None = None
     partial_rotary_factor: float | None = None
     rope_theta: float | int | None = None
     rope_parameters: dict | None = None
@@ -83,6 +93,7 @@ class DFlashConfig(PreTrainedConfig):
         self._settle("rope_theta", rope, default=10000)
         self._settle("partial_rotary_factor", rope, default=1.0)
         self._settle_windows(nested)
+        head = self._settle_head(nested)
         self.v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
         self._refuse_what_the_model_lacks(rope)
         self.dflash_config = nested | {
@@ -96,6 +107,7 @@ class DFlashConfig(PreTrainedConfig):
         }
         if self.use_sliding_window:
             self.dflash_config["swa_window_size"] = self.sliding_window
+        self.dflash_config |= head
         self.rope_parameters = {
             "rope_type": "default",
             "rope_theta": self.rope_theta,
@@ -127,6 +139,24 @@ class DFlashConfig(PreTrainedConfig):
                 )
             self.is_causal = False
 
+    def _settle_head(self, nested: dict) -> dict:
+        """Settles the DFlash2 keys, takes them out of `nested` and returns those that are published there."""
+        head = {}
+        for first, second, usual in (
+            ("conv_kernel_size", "conv_group_size", 16),
+            ("selector_rank", "selector_top_k", 16),
+        ):
+            self._settle(first, nested)
+            self._settle(second, nested, default=usual)
+            nested.pop(first, None)
+            nested.pop(second, None)
+            if getattr(self, first):
+                head |= {first: getattr(self, first), second: getattr(self, second)}
+            else:
+                setattr(self, first, None)
+                setattr(self, second, None)
+        return head
+
     def _refuse_what_the_model_lacks(self, rope: dict):
         for name in ("target_layer_ids", "block_size", "mask_token_id"):
             if getattr(self, name) is None:
@@ -141,6 +171,14 @@ class DFlashConfig(PreTrainedConfig):
             )
         if self.v_head_dim != self.head_dim:
             raise ValueError(f"v_head_dim {self.v_head_dim} differs from head_dim {self.head_dim}; make them equal")
+        if self.conv_kernel_size not in (None, 2):
+            raise ValueError(
+                f"conv_kernel_size {self.conv_kernel_size} is not implemented; set it to 2 or leave it out"
+            )
+        if self.conv_kernel_size and self.hidden_size % self.conv_group_size:
+            raise ValueError(f"conv_group_size {self.conv_group_size} does not divide hidden_size {self.hidden_size}")
+        if self.selector_rank and not 1 <= self.selector_top_k <= self.vocab_size:
+            raise ValueError(f"selector_top_k {self.selector_top_k} is not in 1..vocab_size {self.vocab_size}")
         if self.attention_bias:
             raise ValueError("attention_bias is true, but the drafter's projections have no bias; set it to false")
         if rope.get("rope_type", "default") != "default":
@@ -167,8 +205,9 @@ class DFlashConfig(PreTrainedConfig):
             "max_position_embeddings rms_norm_eps hidden_act attention_bias attention_dropout tie_word_embeddings "
             "use_cache bos_token_id eos_token_id"
         ).split()
+        head = self.conv_kernel_size or self.selector_rank
         return {
-            "architectures": ["DFlashDraftModel"],
+            "architectures": ["DFlash2DraftModel" if head else "DFlashDraftModel"],
             "auto_map": {"AutoConfig": "dflash.DFlashConfig", "AutoModel": "dflash.DFlashDraftModel"},
             "model_type": "qwen3",
             "torch_dtype": "bfloat16",
@@ -265,7 +304,11 @@ def _flex(q, k, v, mask, scale):
         # Fewer than 128 block rows would go to the decoding kernel, which does not lower for this mask.
         "kernel_options": {"BACKEND": "TRITON"},
     }
-    out, aux = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, **options)
+    if torch.compiler.is_compiling():  # inside a compiled layer it becomes part of that graph
+        from torch.nn.attention.flex_attention import flex_attention as flex
+    else:
+        flex = _compiled_flex()
+    out, aux = flex(q, k, v, block_mask=mask, scale=scale, **options)
     return out, aux.lse
 
 
@@ -316,6 +359,81 @@ class DFlashMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class BlockConv(nn.Module):
+    """Two-tap depthwise convolutions before and after one sublayer, over the rows of each block.
+
+    y_t = (b0 + d0_t) x_t + (b1 + d1_t) x_{t-1}, with zeros before a block's first row. The base taps b belong to a
+    channel; the corrections d are a projection of the sublayer's normed input, one value for `conv_group_size`
+    neighbouring channels. Only block rows pass through it, never context rows.
+    """
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        taps, size, self.group = config.conv_kernel_size, config.hidden_size, config.conv_group_size
+        self.base_kernel = nn.Parameter(torch.empty(2, taps, size))  # (before or after, own or previous row, channel)
+        self.kernel_projection = nn.Linear(size, 2 * taps * (size // self.group), bias=False)
+
+    def prepare(self, x_BRD, block: int):
+        """(the convolved sublayer input [B, R, D], the corrections that `finish` needs); `block` rows a block."""
+        before, after = self.kernel_projection(x_BRD).unflatten(-1, (2, 2, -1)).unbind(-3)
+        return self._convolve(x_BRD, before, self.base_kernel[0], block), after
+
+    def finish(self, x_BRD, correction, block: int):
+        """The convolved sublayer output [B, R, D]."""
+        return self._convolve(x_BRD, correction, self.base_kernel[1], block)
+
+    def _convolve(self, x_BRD, correction, base, block: int):
+        x = x_BRD.unflatten(1, (-1, block))
+        previous = F.pad(x[:, :, :-1], (0, 0, 1, 0)).flatten(1, 2).unflatten(-1, (-1, self.group))
+        x = x_BRD.unflatten(-1, (-1, self.group))
+        own, last = base.unflatten(-1, (-1, self.group)).unbind(0)
+        own_change, last_change = correction[..., None].unbind(-3)
+        return (own * x + last * previous + own_change * x + last_change * previous).flatten(-2)
+
+
+class CandidateSelector(nn.Module):
+    """Scores of a slot's best candidates given the token before it: S(a, b) = U(b) + <A[a] * W h, B[b]>.
+
+    U are the head's logits, h the row that made them, A and B codebooks [V, r], W the hidden projection. The sum is
+    taken in float32. With B = 0 the scores are the logits.
+    """
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        self.top_k = config.selector_top_k
+        self.predecessor_codebook = nn.Parameter(torch.empty(config.vocab_size, config.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.empty(config.vocab_size, config.selector_rank))
+        self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
+
+    def scores(self, gate, unary, ids, predecessor):
+        """float32 [..., k] of gates [..., r], logits and token ids [..., k] of the candidates, and tokens before [...].
+
+        `gate` is `hidden_projection(h)`.
+        """
+        left = F.embedding(predecessor, self.predecessor_codebook).float() * gate.float()
+        right = F.embedding(ids, self.successor_codebook).float()
+        return unary.float() + (right @ left[..., None])[..., 0]
+
+    def chain(self, hidden_BRD, logits_BRV, anchors_B):
+        """Greedy drafts [B, R] of slots 1..R: each slot's best candidate after the one before.
+
+        anchors_B holds the tokens before the first slot.
+        """
+        unary, ids = logits_BRV.topk(self.top_k, dim=-1)
+        gates, previous, drafts = self.hidden_projection(hidden_BRD), anchors_B, []
+        for slot in range(hidden_BRD.shape[1]):
+            scores = self.scores(gates[:, slot], unary[:, slot], ids[:, slot], previous)
+            previous = best_candidate(scores, ids[:, slot])
+            drafts.append(previous)
+        return torch.stack(drafts, dim=1)
+
+
+def best_candidate(scores, ids):
+    """The id [...] with the highest of scores [..., k]; among equals the lowest, as with an arg max over all ids."""
+    beaten = scores < scores.amax(-1, keepdim=True)
+    return ids.masked_fill(beaten, torch.iinfo(ids.dtype).max).amin(-1)
+
+
 class DFlashLayer(nn.Module):
     """Pre-norm attention and MLP with residuals; the context is injected as it is, without `input_layernorm`."""
 
@@ -325,10 +443,26 @@ class DFlashLayer(nn.Module):
         self.self_attn = DFlashAttention(config, layer)
         self.post_attention_layernorm = DFlashRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DFlashMLP(config)
+        self.block_size = config.block_size
+        self.attention_conv = BlockConv(config) if config.conv_kernel_size else None
+        self.mlp_conv = BlockConv(config) if config.conv_kernel_size else None
 
     def forward(self, x_BRD, context_BCD, rotary, mask, past_key_values=None):
-        x_BRD = x_BRD + self.self_attn(self.input_layernorm(x_BRD), context_BCD, rotary, mask, past_key_values)
-        return x_BRD + self.mlp(self.post_attention_layernorm(x_BRD))
+        block = min(self.block_size, x_BRD.shape[1])  # one draft may be shorter than the blocks of training
+        y_BRD = self.input_layernorm(x_BRD)
+        if self.attention_conv is not None:
+            y_BRD, correction = self.attention_conv.prepare(y_BRD, block)
+        y_BRD = self.self_attn(y_BRD, context_BCD, rotary, mask, past_key_values)
+        if self.attention_conv is not None:
+            y_BRD = self.attention_conv.finish(y_BRD, correction, block)
+        x_BRD = x_BRD + y_BRD
+        y_BRD = self.post_attention_layernorm(x_BRD)
+        if self.mlp_conv is not None:
+            y_BRD, correction = self.mlp_conv.prepare(y_BRD, block)
+        y_BRD = self.mlp(y_BRD)
+        if self.mlp_conv is not None:
+            y_BRD = self.mlp_conv.finish(y_BRD, correction, block)
+        return x_BRD + y_BRD
 
 
 class DFlashDraftModel(PreTrainedModel):
@@ -353,6 +487,7 @@ class DFlashDraftModel(PreTrainedModel):
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DFlashRMSNorm(size, config.rms_norm_eps)
         self.mask_embedding = nn.Parameter(torch.empty(size))
+        self.candidate_selector = CandidateSelector(config) if config.selector_rank else None
         self.post_init()
 
     @torch.no_grad()
@@ -363,6 +498,12 @@ class DFlashDraftModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, DFlashAttention) and module.attention_sink_bias is not None:
             nn.init.zeros_(module.attention_sink_bias)
+        elif isinstance(module, BlockConv):  # the identity; children come before their parents
+            nn.init.zeros_(module.kernel_projection.weight)
+            module.base_kernel.copy_(torch.tensor([1.0, 0.0])[:, None].expand_as(module.base_kernel))
+        elif isinstance(module, CandidateSelector):
+            nn.init.normal_(module.predecessor_codebook, std=0.02)
+            nn.init.zeros_(module.successor_codebook)
         elif isinstance(module, DFlashDraftModel):
             nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
 
@@ -406,6 +547,7 @@ class DFlashDraftModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Drafts one block; the call that transformers' DFlash generation makes.
@@ -413,9 +555,11 @@ class DFlashDraftModel(PreTrainedModel):
         noise_embeds [B, b, D]: the target's embeddings of the anchor and of b-1 mask tokens. Only row 0 is used: the
         rows after the anchor always take the trained mask vector, since the target's row for that id is untrained.
         context_hidden_states [B, c, T*D]: taps of the c tokens committed since the last call (c may be 0).
-        position_ids [B, c + b]; attention_mask [B, past + c + b], nonzero on real tokens. `past_key_values` receives
-        c + b rows; the caller crops the b block rows after the step. Rows 1..b-1 of the result go to the target's head.
+        position_ids [B, c + b]; attention_mask [B, past + c + b], nonzero on real tokens. `past_key_values` (`cache` in
+        newer versions of transformers) receives c + b rows; the caller crops the b block rows after the step. Rows
+        1..b-1 of the result go to the target's head.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         x = torch.cat(
             (noise_embeds[:, :1], self.mask_embedding.to(noise_embeds.dtype).expand_as(noise_embeds[:, 1:])), 1
         )
@@ -426,6 +570,12 @@ class DFlashDraftModel(PreTrainedModel):
         masks = {rule: _DraftMask(rule, x.shape[1], attention_mask, x.device) for rule in self.rules()}
         out = self.run_layers(x, context, position_ids, masks, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=past_key_values)
+
+    def draft_tokens(self, hidden_BRD, logits_BRV, anchors_B):
+        """Greedy drafts [B, R] of the rows after the anchors [B]: the selector's chain, or each slot's best token."""
+        if self.candidate_selector is None:
+            return logits_BRV.argmax(-1)
+        return self.candidate_selector.chain(hidden_BRD, logits_BRV, anchors_B)
 
     def rules(self) -> set[tuple[int | None, bool]]:
         """The distinct (window, causal) rules of the layers."""

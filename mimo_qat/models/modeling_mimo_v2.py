@@ -476,10 +476,12 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
+        document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """`attention_mask` [B, past + S] is nonzero on real tokens. `position_ids` [B, S] that restart inside a row
-        mark packed documents, which then do not see each other (calls without a cache only).
+        mark packed documents, which then do not see each other (calls without a cache only). `document_ids` [B, S] says
+        so outright, and spares the question whether there is a restart, for which the host waits.
 
         `output_hidden_states` may be a list of indices. Entry 0 is the embedding, entry i + 1 the residual stream
         after layer i, all of them BEFORE the final norm, as DFlash taps want them.
@@ -492,10 +494,10 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = None
+        documents = document_ids
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        elif not continues and attention_mask is None:
+        elif not continues and attention_mask is None and documents is None:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) <= 0
             documents = restarts.cumsum(1) if restarts.any() else None
         if attention_mask is not None and attention_mask.dim() != 2:

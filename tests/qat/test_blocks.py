@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_qat.distill.blocks import Blocks, blocks_at, dense_mask, make_blocks, sample_anchors, valid_anchors
+from mimo_qat.distill.blocks import (
+    Blocks,
+    block_sparse_mask,
+    blocks_at,
+    dense_mask,
+    make_blocks,
+    mask_rule,
+    mask_tiles,
+    sample_anchors,
+    valid_anchors,
+)
 
 
 def packed(lengths, padding=0, supervised=None):
@@ -29,14 +39,14 @@ def at(batch, anchors, block_size, valid=None):
     return blocks_at(batch, anchors, valid, block_size)
 
 
-def mask_by_hand(blocks: Blocks, size, window, causal):
+def mask_by_hand(blocks: Blocks, doc_ids, size, window, causal):
     """The rule as four nested loops."""
     rows, count = blocks.anchors.shape
-    length = blocks.doc_ids.shape[1]
+    length = doc_ids.shape[1]
     out = torch.zeros(rows, count * size, length + count * size, dtype=torch.bool)
     for b in range(rows):
         for j in range(count):
-            a, doc = int(blocks.anchors[b, j]), blocks.doc_ids[b]
+            a, doc = int(blocks.anchors[b, j]), doc_ids[b]
             for o in range(size):
                 for kv in range(length):
                     in_window = window is None or a + o - kv < window
@@ -61,7 +71,7 @@ def test_mask_equals_brute_force(data):
     causal = data.draw(st.booleans(), label="causal")
     blocks = at(batch, anchors, size, valid)
     got = dense_mask(blocks, size, (window, causal))[:, 0]
-    expected = mask_by_hand(blocks, size, window, causal)
+    expected = mask_by_hand(blocks, batch["doc_ids"], size, window, causal)
     different = (got != expected).nonzero()
     assert len(different) == 0, f"first difference at [row, query, key] {different[0].tolist()}"
     assert got.any(-1).all(), "a softmax row is empty"
@@ -140,3 +150,31 @@ def test_the_window_counts_from_the_query_and_not_from_the_anchor(window, first)
     for offset in range(3):
         seen = mask[offset].nonzero()[:, 0].tolist()
         assert seen == list(range(first + offset if window else 0, 10))
+
+
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sparse_tiles_are_those_of_the_rule(window, causal):
+    """Against torch's own construction, which evaluates the rule at every query and key."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size, batch = 16, packed([300, 200, 60], padding=80)
+    short = packed([640], supervised=[0] * 600 + [1] * 40)
+    batch = {name: torch.cat((batch[name], short[name])) for name in batch}
+    blocks = make_blocks(batch, size, 48, torch.Generator().manual_seed(0))
+    assert blocks.valid[0].all() and not blocks.valid[1].all()
+    rule = (window, causal)
+    expected = create_block_mask(mask_rule(blocks, size, rule), 2, None, 48 * size, 640 + 48 * size, device="cpu")
+    got = block_sparse_mask(blocks, size, rule)
+    dense = dense_mask(blocks, size, rule)[:, 0].unflatten(1, (-1, 128)).unflatten(3, (-1, 128))
+    some, every = dense.any(4).any(2), dense.all(4).all(2)
+    partial, full = mask_tiles(blocks, size, rule)
+    assert torch.equal(partial, some & ~every) and torch.equal(full, every) and full.any() == (window != 40)
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    for name in ("kv", "full_kv", "q", "full_q"):
+        for b in range(2):
+            for tile, number in enumerate(getattr(got, f"{name}_num_blocks")[b, 0].tolist()):
+                indices = [getattr(m, f"{name}_indices")[b, 0, tile, :number].tolist() for m in (got, expected)]
+                assert indices[0] == indices[1], (name, b, tile)
+    assert got.seq_lengths == expected.seq_lengths

@@ -9,71 +9,10 @@ from transformers import AutoModel
 from transformers.cache_utils import DFlashCache, DynamicCache
 
 from mimo_qat.checkpoint.reader import read_drafter
-from mimo_qat.distill.blocks import block_sparse_mask, blocks_at, dense_mask, make_blocks
-from mimo_qat.distill.train import draft_rows
+from mimo_qat.distill.blocks import block_sparse_mask, dense_mask, make_blocks
 from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from mimo_qat.models.modeling_dflash import DFlashConfig, DFlashDraftModel, apply_rotary, attend, rotary_table
-
-BLOCK, HIDDEN, TAPS = 4, 32, 3
-
-
-def config(**changes):
-    values = {
-        "vocab_size": 64,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "target_layer_ids": [0, 2, 3],
-        "num_target_layers": 4,
-        "block_size": BLOCK,
-        "mask_token_id": 63,
-        "is_causal": False,
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "attention_value_scale": 0.612,
-        "attention_sink_bias": True,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": 10000,
-        "initializer_range": 0.3,
-    }
-    return DFlashConfig(**values | changes)
-
-
-def drafter(seed=0, **changes):
-    torch.manual_seed(seed)
-    model = DFlashDraftModel(config(**changes)).float().eval()
-    with torch.no_grad():
-        model.mask_embedding.normal_()
-        for layer in model.layers:
-            if layer.self_attn.attention_sink_bias is not None:
-                layer.self_attn.attention_sink_bias.normal_()
-    return model
-
-
-def sequence(length=24, seed=1):
-    """ids, embedding table, and stand-ins for the target's taps [1, length, TAPS * HIDDEN]."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 60, (1, length), generator=g)
-    embed = torch.nn.Embedding(64, HIDDEN)
-    embed.weight.data = torch.randn(64, HIDDEN, generator=g)
-    return ids, embed, torch.randn(1, length, TAPS * HIDDEN, generator=g)
-
-
-def training_rows(model, ids, embed, taps, anchors, positions=None):
-    length = ids.shape[1]
-    batch = {
-        "input_ids": ids,
-        "loss_mask": torch.ones_like(ids),
-        "doc_ids": torch.zeros_like(ids),
-        "position_ids": torch.arange(length)[None] if positions is None else positions,
-    }
-    anchors = torch.tensor([anchors])
-    blocks = blocks_at(batch, anchors, torch.ones_like(anchors, dtype=torch.bool), BLOCK)
-    with torch.no_grad():
-        return draft_rows(model, embed, ids, blocks, taps)[0]
+from tests.qat.drafters import BLOCK, HEAD, HIDDEN, TAPS, config, drafter, sequence, training_rows
 
 
 def cached_rows(model, ids, embed, taps, anchors, cache):
@@ -97,6 +36,8 @@ VARIANTS = [
     {"use_sliding_window": False, "sliding_window": None},
     {"layer_types": ["sliding_attention", "full_attention"], "is_causal": True},
     {"attention_sink_bias": False, "attention_value_scale": 1.0, "partial_rotary_factor": 1.0},
+    HEAD,
+    HEAD | {"is_causal": True, "conv_group_size": 8},
 ]
 
 
@@ -132,42 +73,66 @@ def by_hand(model, anchor_embed, taps):
         turned = torch.complex(x[:half], x[half : 2 * half]) * torch.exp(1j * turn)
         return torch.cat((turned.real, turned.imag, x[2 * half :]))
 
+    def conv(x, kernel, side, corrections):
+        """Loops over rows and channels; corrections [BLOCK, 2 sides, 2 taps, groups], kernel [2 sides, 2 taps, D]."""
+        out, group = torch.zeros_like(x), c.conv_group_size
+        for t in range(BLOCK):
+            for channel in range(HIDDEN):
+                for tap in range(2):
+                    weight = kernel[side, tap, channel] + corrections[t, side, tap, channel // group]
+                    out[t, channel] += weight * (x[t - tap, channel] if t >= tap else 0.0)
+        return out
+
+    def around(sublayer, y, name):
+        if c.conv_kernel_size is None:
+            return sublayer(y)
+        corrections = (y @ w[name + ".kernel_projection.weight"].T).view(BLOCK, 2, 2, -1)
+        kernel = w[name + ".base_kernel"]
+        return conv(sublayer(conv(y, kernel, 0, corrections)), kernel, 1, corrections)
+
     past = taps.shape[0]
     context = norm(taps.double() @ w["fc.weight"].T, w["hidden_norm.weight"])
     x = torch.stack([anchor_embed.double()] + [w["mask_embedding"]] * (BLOCK - 1))
     group = c.num_attention_heads // c.num_key_value_heads
     for i in range(c.num_hidden_layers):
         p, a = f"layers.{i}.", f"layers.{i}.self_attn."
-        y = norm(x, w[p + "input_layernorm.weight"])
-        keys = torch.cat((context, y))
-        q = (y @ w[a + "q_proj.weight"].T).view(BLOCK, -1, c.head_dim)
-        k = (keys @ w[a + "k_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
-        v = 0.612 * (keys @ w[a + "v_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
-        out = torch.zeros(BLOCK, c.num_attention_heads, c.head_dim, dtype=torch.float64)
-        for row in range(BLOCK):
-            for head in range(c.num_attention_heads):
-                query = rope(norm(q[row, head], w[a + "q_norm.weight"]), past + row)
-                total = torch.exp(w[a + "attention_sink_bias"][head])
-                for j in range(past + BLOCK):
-                    if j >= past or j + c.sliding_window > past + row:
-                        key = rope(norm(k[j, head // group], w[a + "k_norm.weight"]), j)
-                        weight = torch.exp(query @ key / c.head_dim**0.5)
-                        total = total + weight
-                        out[row, head] += weight * v[j, head // group]
-                out[row, head] /= total
-        x = x + out.flatten(1) @ w[a + "o_proj.weight"].T
-        y = norm(x, w[p + "post_attention_layernorm.weight"])
-        gate, up = y @ w[p + "mlp.gate_proj.weight"].T, y @ w[p + "mlp.up_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+
+        def attention(y, a=a):
+            keys = torch.cat((context, y))
+            q = (y @ w[a + "q_proj.weight"].T).view(BLOCK, -1, c.head_dim)
+            k = (keys @ w[a + "k_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
+            v = 0.612 * (keys @ w[a + "v_proj.weight"].T).view(past + BLOCK, -1, c.head_dim)
+            out = torch.zeros(BLOCK, c.num_attention_heads, c.head_dim, dtype=torch.float64)
+            for row in range(BLOCK):
+                for head in range(c.num_attention_heads):
+                    query = rope(norm(q[row, head], w[a + "q_norm.weight"]), past + row)
+                    total = torch.exp(w[a + "attention_sink_bias"][head])
+                    for j in range(past + BLOCK):
+                        if j >= past or j + c.sliding_window > past + row:
+                            key = rope(norm(k[j, head // group], w[a + "k_norm.weight"]), j)
+                            weight = torch.exp(query @ key / c.head_dim**0.5)
+                            total = total + weight
+                            out[row, head] += weight * v[j, head // group]
+                    out[row, head] /= total
+            return out.flatten(1) @ w[a + "o_proj.weight"].T
+
+        def mlp(y, p=p):
+            gate, up = y @ w[p + "mlp.gate_proj.weight"].T, y @ w[p + "mlp.up_proj.weight"].T
+            return (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+
+        x = x + around(attention, norm(x, w[p + "input_layernorm.weight"]), p + "attention_conv")
+        x = x + around(mlp, norm(x, w[p + "post_attention_layernorm.weight"]), p + "mlp_conv")
     return norm(x, w["norm.weight"])
 
 
-def test_forward_equals_the_format_by_hand():
-    model = drafter(seed=4)
+@pytest.mark.parametrize("changes", [{}, HEAD], ids=["plain", "conv"])
+def test_forward_equals_the_format_by_hand(changes):
+    model = drafter(seed=4, **changes)
     with torch.no_grad():  # norms that are not one
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+    assert (model.candidate_selector is None) == (not changes)
     ids, embed, taps = sequence()
     noise = embed(torch.cat((ids[:, 9:10], torch.full((1, BLOCK - 1), 63)), 1))
     with torch.no_grad():
@@ -189,8 +154,9 @@ def test_incremental_context_equals_full_recompute():
         assert (rows - whole).abs().max() < 1e-5
 
 
-def test_no_block_sees_its_anchor_position_its_future_or_another_block():
-    model = drafter(use_sliding_window=False, sliding_window=None)
+@pytest.mark.parametrize("changes", [{}, HEAD], ids=["plain", "conv"])
+def test_no_block_sees_its_anchor_position_its_future_or_another_block(changes):
+    model = drafter(use_sliding_window=False, sliding_window=None, **changes)
     ids, embed, taps = sequence()
     anchors, a = [4, 10, 17], 10
     before = training_rows(model, ids, embed, taps, anchors)
@@ -449,22 +415,23 @@ def test_what_the_drafter_lacks_is_refused(changes, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention trains on CUDA only")
 @pytest.mark.parametrize("causal", [False, True])
-def test_flex_attention_equals_the_dense_mask(causal):
+@pytest.mark.parametrize("length, anchors", [(300, 50), (384, 48)], ids=["any size", "whole tiles"])
+def test_flex_attention_equals_the_dense_mask(causal, length, anchors):
     """Outputs and all gradients, sinks included, with documents, a window and invalid blocks."""
     torch.manual_seed(0)
     model = DFlashDraftModel(
         config(is_causal=causal, sliding_window=40, hidden_size=128, head_dim=32, block_size=8)
     ).cuda()
     batch = {
-        "input_ids": torch.randint(0, 60, (2, 300)),
-        "loss_mask": torch.randint(0, 4, (2, 300)).clamp(max=1),
-        "doc_ids": (torch.arange(300) // 110).repeat(2, 1),
-        "position_ids": (torch.arange(300) % 110).repeat(2, 1),
+        "input_ids": torch.randint(0, 60, (2, length)),
+        "loss_mask": torch.randint(0, 4, (2, length)).clamp(max=1),
+        "doc_ids": (torch.arange(length) // 110).repeat(2, 1),
+        "position_ids": (torch.arange(length) % 110).repeat(2, 1),
     }
     batch["loss_mask"][1, 40:] = 0  # few anchors: invalid blocks follow
-    blocks = make_blocks(batch, 8, 50, torch.Generator().manual_seed(0)).to("cuda")
+    blocks = make_blocks(batch, 8, anchors, torch.Generator().manual_seed(0)).to("cuda")
     assert not blocks.valid.all()
-    embeds, taps = torch.randn(2, 50, 128, device="cuda"), torch.randn(2, 300, TAPS * 128, device="cuda")
+    embeds, taps = torch.randn(2, anchors, 128, device="cuda"), torch.randn(2, length, TAPS * 128, device="cuda")
     weights = torch.randn(int(blocks.valid.sum()), 8, 128, device="cuda")
     results = []
     for build in (dense_mask, block_sparse_mask):
