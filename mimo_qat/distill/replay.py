@@ -148,7 +148,7 @@ def draft_everywhere(target: Any, drafter: Any, row: Batch, taps: torch.Tensor, 
 
 def candidates_of(drafter: Any, hidden: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor) -> Candidates:
     """Candidates of blocks from hidden [A, D, H], logits [A, D, V] float32 and anchor tokens [A]."""
-    selector = getattr(drafter, "candidate_selector", None)
+    selector = drafter.candidate_selector
     if selector is None:
         return marginal_candidates(logits, TOP_K)
     ids, unary = top_candidates(logits, selector.top_k)
@@ -304,5 +304,5 @@ def replayed_acceptance(
     drafter.eval()
     texts = replay(target, drafter, batch, eos_token_ids, tree_budgets, chunk_anchors)
     drafter.train(training)
-    selector = getattr(drafter, "candidate_selector", None)
+    selector = drafter.candidate_selector
     return summary(texts, drafter.config.block_size, selector.top_k if selector else TOP_K)
