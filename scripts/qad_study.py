@@ -1,15 +1,17 @@
-"""python scripts/qad_study.py --model runs/moe --data packed.safetensors --work runs/study --seconds 1200
+"""python scripts/qad_study.py --teacher runs/teacher --data packed.safetensors --work runs/study --seconds 1200
 
-What docs/results/qad.md states, measured in one process: the experts of an upcycled mixture are made different by
-continued training, then quantized in every way, trained back in every way, and compared on the same held-out rows.
-Runs come in order of importance; one that would not end in time is left out and listed. study.json is rewritten after
-each of them, so an interrupted study keeps what it has; its finished runs are not repeated.
+What docs/results/qad.md states, measured in one process on one GPU: an upcycled mixture whose experts were made
+different (recipes/qat/diversify.yaml) is quantized in every way, trained back in every way, and compared on the same
+held-out rows. Runs come in order of importance; one that would not end in time is left out and listed. The JSON file
+is rewritten after each of them, so an interrupted study keeps what it has; its finished runs are not repeated. With
+--arms and --skip two GPUs share the work; scripts/qad_report.py joins their files.
 """
 
 import argparse
 import functools
 import gc
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 
 from mimo_qat import data, plan_model
 from mimo_qat.evaluate import FP8_ROW, NOISE, REFERENCE, Bench, Table, exchanged, quantized
-from mimo_qat.provenance import commit, hardware, versions, write_json
+from mimo_qat.models.load import save_trained
+from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_qat.qat.config import QatConfig
-from mimo_qat.qat.train import Trainer, run
+from mimo_qat.qat.train import Trainer
 
 PLAIN = "RTN even"
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, from NVIDIA's data sheets
@@ -47,22 +50,22 @@ class Study:
         self.options, self.work = options, Path(options.work)
         self.began, self.path = time.monotonic(), Path(options.out or Path(options.work) / "study.json")
         self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.doc |= {"commit": commit(), "versions": versions(), "hardware": hardware(), "options": vars(options)}
+        self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
         for key in ("rows", "runs", "left_out"):
             self.doc.setdefault(key, {})
         self.rate = 0.0  # tokens a second of the last run
         self.bench: Bench | None = None
 
-    def config(self, model: str, **changes: Any) -> QatConfig:
+    def config(self, **changes: Any) -> QatConfig:
         options = self.options
         settings = {
-            "model": model,
+            "model": options.teacher,
             "dataset_name": options.data,
             "max_length": options.max_length,
             "per_device_train_batch_size": options.batch,
             "eval_rows": options.batch,
             "learning_rate": options.learning_rate,
-            "max_steps": SHORT if not options.tiny else 3,
+            "max_steps": SHORT,
             "eval_steps": 10**6,
             "save_steps": 0,
             "logging_steps": 4,
@@ -85,8 +88,10 @@ class Study:
     def _train(self, name: str, **changes: Any) -> None:
         """One QAD or QAT run from the teacher, judged at its end and, for `curve`, on the way."""
         curve = changes.pop("curve", [])
-        after = changes.pop("after", None)
-        config = self.config(str(self.work / "teacher"), output_dir=str(self.work / name), **changes)
+        mismatch, save = changes.pop("exported_like_modelopt", False), changes.pop("save", False)
+        if self.options.tiny:
+            changes["max_steps"] = min(3, changes.get("max_steps", 3))
+        config = self.config(output_dir=str(self.work / name.replace(" ", "-")), **changes)
         tokens = config.max_steps * config.per_device_train_batch_size * config.max_length
         if name in self.doc["runs"]:
             return
@@ -122,8 +127,10 @@ class Study:
             "steps": [{k: s[k] for k in ("loss", "flip_fraction", "grad_norm")} for s in steps],
         }
         self.doc.pop("unfinished", None)
-        if after:
-            after(trainer)
+        if mismatch:
+            self.export_mismatch(trainer)
+        if save:
+            save_trained(trainer.model, trainer.tokenizer, trainer.out)
         self.save()
         del trainer
         gc.collect()
@@ -157,40 +164,6 @@ class Study:
                 self.row(name, trainer)
         self.save()
 
-    def diversify(self) -> None:
-        """Continued training of everything but embeddings and head, until the experts differ."""
-        if (self.work / "teacher" / "qat.json").is_file():
-            return
-        options = self.options
-        config = self.config(
-            options.model,
-            output_dir=str(self.work / "teacher"),
-            scale_rule="none",
-            train="body",
-            kl_weight=0.0,
-            ce_weight=1.0,
-            balance_rate=1e-3,
-            learning_rate=options.diversify_rate,
-            max_steps=options.diversify_steps,
-            logging_steps=20,
-            seed=100,
-        )
-        trainer, began = Trainer(config), time.monotonic()
-        before = next(iter(trainer.engine.experts.values())).detach()[:2].float()
-        figures = run(trainer)
-        after = next(iter(trainer.engine.experts.values())).detach()[:2].float()
-        self.doc["diversified"] = figures | {
-            "seconds": round(time.monotonic() - began, 1),
-            "tokens": options.diversify_steps * options.batch * options.max_length,
-            "distance_of_two_experts": float((after[0] - after[1]).norm() / after[0].norm()),
-            "distance_before": float((before[0] - before[1]).norm() / before[0].norm()),
-        }
-        print("diversified", json.dumps(self.doc["diversified"]), flush=True)
-        self.save()
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
-
     def export_mismatch(self, trainer: Trainer) -> None:
         """The cost of exporting masters with another rounding than the forward's."""
         masters = trainer.engine.masters
@@ -207,9 +180,7 @@ class Study:
         for name in ("qad", "sft"):  # as at the scale where activations do not fit: SFT repeats a forward, too
             arms[f"{name}_checkpointed"] = arms[name] | {"gradient_checkpointing": True}
         for name, changes in arms.items():
-            trainer = Trainer(
-                self.config(str(self.work / "teacher"), output_dir=str(self.work / "times"), max_steps=8, **changes)
-            )
+            trainer = Trainer(self.config(output_dir=str(self.work / "times"), max_steps=8, **changes))
             torch.cuda.reset_peak_memory_stats()
             rates = [trainer.train_step() for _ in range(8)][3:]
             out[name] = sorted(s["tokens"] / s["tokens_per_s"] for s in rates)[2]
@@ -240,50 +211,62 @@ class Study:
         write_json(self.path, self.doc)
 
 
+def arms(rate: float, long: int) -> list[tuple[str, dict[str, Any]]]:
+    """(name, what differs from a short QAD run), in order of importance; each group answers one question."""
+    ce = {"kl_weight": 0.0, "ce_weight": 1.0}
+    curve = sorted({long // 64, long // 32, long // 16, long // 8, long // 4, long // 2} - {0})
+    return [
+        ("qad short", {}),
+        ("ce short", ce),
+        ("qad long", {"max_steps": long, "curve": curve, "save": True}),
+        ("qad short rceil", {"scale_rule": "rceil", "exported_like_modelopt": True}),
+        ("qad short lr x3", {"learning_rate": 3 * rate}),
+        ("qad short lr x0.3", {"learning_rate": 0.3 * rate}),
+        ("qad short floor", {"scale_rule": "floor"}),
+        ("qad short mse", {"scale_rule": "mse"}),
+        ("qad short bf16 masters", {"master_dtype": "bfloat16"}),
+        ("qad short bf16 masters lr x0.1", {"master_dtype": "bfloat16", "learning_rate": 0.1 * rate}),
+        ("qad short lr x0.1", {"learning_rate": 0.1 * rate}),
+        ("kl + 0.1 ce short", {"ce_weight": 0.1}),
+        ("kl + hidden short", {"hidden_weight": 1.0}),
+        ("experts+router short", {"train": "experts+router"}),
+        ("body short", {"train": "body"}),
+        ("qad quarter lr x3", {"learning_rate": 3 * rate, "max_steps": SHORT // 4}),
+        ("qad quarter", {"max_steps": SHORT // 4}),
+        ("qad quarter lr x0.3", {"learning_rate": 0.3 * rate, "max_steps": SHORT // 4}),
+        ("qad short seed 1", {"seed": 1}),
+        ("ce short seed 1", {"seed": 1} | ce),
+        ("qad short seed 2", {"seed": 2}),
+        ("ce short seed 2", {"seed": 2} | ce),
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="upcycled BF16 folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="folder of recipes/qat/diversify.yaml")
     parser.add_argument("--data", required=True, help="file of mimo-qat pack")
     parser.add_argument("--work", required=True)
-    parser.add_argument("--out")
+    parser.add_argument("--out", help="JSON file; WORK/study.json without it")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
+    parser.add_argument("--arms", help="regular expression: only these")
+    parser.add_argument("--skip", help="regular expression: not these")
+    parser.add_argument("--times", action="store_true", help="measure step times as well")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--eval_rows", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--diversify_rate", type=float, default=3e-4)
-    parser.add_argument("--diversify_steps", type=int, default=960)
     parser.add_argument("--long_steps", type=int, default=1060)
     parser.add_argument("--tiny", action="store_true", help="three steps a run, to test the script")
     options = parser.parse_args()
     data.load_packed = functools.cache(data.load_packed)  # one copy for all runs of this process
-    study, rate = Study(options), options.learning_rate
-    ce = {"kl_weight": 0.0, "ce_weight": 1.0}
-    study.diversify()
-    study.train("qad short")
-    if torch.cuda.is_available():
+    study = Study(options)
+    for name, changes in arms(options.learning_rate, options.long_steps):
+        chosen = not options.arms or re.search(options.arms, name)
+        if chosen and not (options.skip and re.search(options.skip, name)):
+            study.train(name, **changes)
+    if options.times:
         study.step_times()
-    study.train("ce short", **ce)
-    long = options.long_steps
-    study.train("qad long", max_steps=long, curve=[long // 64, long // 32, long // 16, long // 8, long // 4, long // 2])
-    study.train("qad short rceil", scale_rule="rceil", after=study.export_mismatch)
-    for seed in (1, 2):
-        study.train(f"qad short seed {seed}", seed=seed)
-        study.train(f"ce short seed {seed}", seed=seed, **ce)
-    for rule in ("floor", "mse"):
-        study.train(f"qad short {rule}", scale_rule=rule)
-    for factor in (3.0, 0.3, 0.1):
-        study.train(f"qad short lr x{factor}", learning_rate=factor * rate)
-    study.train("qad short bf16 masters", master_dtype="bfloat16")
-    study.train("qad short bf16 masters lr x0.1", master_dtype="bfloat16", learning_rate=0.1 * rate)
-    study.train("kl + 0.1 ce short", ce_weight=0.1)
-    study.train("kl + hidden short", hidden_weight=1.0)
-    study.train("experts+router short", train="experts+router")
-    study.train("body short", train="body")
-    for factor in (3.0, 0.3):
-        steps = SHORT // 4 if not options.tiny else 2
-        study.train(f"qad {steps} steps lr x{factor}", learning_rate=factor * rate, max_steps=steps)
-    print(json.dumps({"left_out": study.doc["left_out"], "seconds": time.monotonic() - study.began}))
+    print(json.dumps({"left_out": study.doc["left_out"], "seconds": round(time.monotonic() - study.began, 1)}))
 
 
 if __name__ == "__main__":

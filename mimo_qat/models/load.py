@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,16 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, torch.Tensor]:
     return body, weight
 
 
-def final_hidden(model: nn.Module, input_ids: torch.Tensor | None, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+def final_hidden(
+    model: nn.Module,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    decoder: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Hidden states after the last norm [B, S, H] of packed rows; `position_ids` [B, S] restart at every document.
 
+    `decoder` is called in the place of the model's own, which it wraps: DeepSpeed's engine.
     Most families make a mask from such positions. Those in `NEED_MASKS` leave them out of their masks, so that every
     document would see all before it; they get masks made here.
     """
@@ -92,7 +100,7 @@ def final_hidden(model: nn.Module, input_ids: torch.Tensor | None, position_ids:
             )
             for kind in sorted(set(config.layer_types))
         }
-    return body(input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
+    return (decoder or body)(input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
 
 
 def prove_documents_are_separate(model: nn.Module) -> None:
@@ -113,19 +121,20 @@ def prove_documents_are_separate(model: nn.Module) -> None:
         )
 
 
-def save_trained(model: Any, tokenizer: Any, folder: str | Path) -> None:
+def save_trained(model: Any, tokenizer: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the model with its tokenizer; the folder appears whole or not at all.
 
-    Experts go back to one tensor an expert projection where the family has them so on the hub.
+    Experts go back to one tensor an expert projection where the family has them so on the hub. `state` is the state
+    dict to write where the model's own is sharded.
     """
     from mimo_qat.models.upcycle import save_bf16
 
     if isinstance(model.config, MiMoV2Config):
-        return save_bf16(model, tokenizer, folder)
+        return save_bf16(model, tokenizer, folder, state)
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work, max_shard_size="5GB")
+    model.save_pretrained(work, max_shard_size="5GB", state_dict=state)
     tokenizer.save_pretrained(work)
     if folder.exists():
         shutil.copytree(work, folder, dirs_exist_ok=True)

@@ -26,6 +26,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
 MASK_FILE = "mask_embedding.pt"
+# The field of an output that holds the cache; transformers 5.24 renamed it, and the argument of `forward` with it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class DFlashConfig(PreTrainedConfig):
@@ -474,7 +476,7 @@ class DFlashDraftModel(PreTrainedModel):
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keys_to_ignore_on_load_missing = ["mask_embedding"]
 
     def __init__(self, config: PreTrainedConfig):
@@ -555,11 +557,11 @@ class DFlashDraftModel(PreTrainedModel):
         noise_embeds [B, b, D]: the target's embeddings of the anchor and of b-1 mask tokens. Only row 0 is used: the
         rows after the anchor always take the trained mask vector, since the target's row for that id is untrained.
         context_hidden_states [B, c, T*D]: taps of the c tokens committed since the last call (c may be 0).
-        position_ids [B, c + b]; attention_mask [B, past + c + b], nonzero on real tokens. `past_key_values` (`cache` in
-        newer versions of transformers) receives c + b rows; the caller crops the b block rows after the step. Rows
-        1..b-1 of the result go to the target's head.
+        position_ids [B, c + b]; attention_mask [B, past + c + b], nonzero on real tokens. `past_key_values` receives
+        c + b rows; the caller crops the b block rows after the step. Rows 1..b-1 of the result go to the target's head.
+        transformers calls it `cache` since 5.24; either name is taken.
         """
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = past_key_values if cache is None else cache
         x = torch.cat(
             (noise_embeds[:, :1], self.mask_embedding.to(noise_embeds.dtype).expand_as(noise_embeds[:, 1:])), 1
         )
@@ -569,7 +571,7 @@ class DFlashDraftModel(PreTrainedModel):
             position_ids = past + torch.arange(context.shape[1] + x.shape[1], device=x.device)[None]
         masks = {rule: _DraftMask(rule, x.shape[1], attention_mask, x.device) for rule in self.rules()}
         out = self.run_layers(x, context, position_ids, masks, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=out, **{CACHE: past_key_values})
 
     def draft_tokens(self, hidden_BRD, logits_BRV, anchors_B):
         """Greedy drafts [B, R] of the rows after the anchors [B]: the selector's chain, or each slot's best token."""

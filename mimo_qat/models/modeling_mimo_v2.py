@@ -12,6 +12,7 @@ A release stores FP8 blocks and MXFP4 experts, which transformers' own FP8 reade
 """
 
 import copy
+import functools
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # Parts of a release that this class does not run: multi-token prediction, and the towers of multimodal releases.
 NOT_RUN = ("model.mtp.", "visual.", "audio_encoder.", "speech_embeddings.")
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# The field of an output that holds the cache; transformers 5.24 renamed it, and the argument of `forward` with it.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -252,13 +255,15 @@ class MiMoV2Attention(nn.Module):
         v = v.reshape(*lead, self.kv_heads, self.v_head_dim).transpose(1, 2)
         return q, k, v if self.value_scale is None else v * self.value_scale
 
-    def forward(self, x_BSD, rotary, mask_of, past_key_values=None):
+    def forward(self, x_BSD, rotary, masks, past_key_values=None):
         q, k, v = self.project(x_BSD)
         cos, sin = rotary[self.rope_theta, self.rotary_dim]
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if past_key_values is not None:
+        if past_key_values is None:
+            mask = masks[self.window]
+        else:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        mask = mask_of(k.shape[2], self.window)
+            mask = masks(k.shape[2], self.window)
         out = attend(q, k, v, mask, self.head_dim**-0.5, self.attention_sink_bias, self.config._attn_implementation)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -348,8 +353,8 @@ class MiMoV2DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = MiMoV2RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MiMoV2MoE(config) if config.moe_layer_freq[layer] else MiMoV2MLP(config)
 
-    def forward(self, x_BSD, rotary, mask_of, past_key_values=None):
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_of, past_key_values)
+    def forward(self, x_BSD, rotary, masks, past_key_values=None):
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, masks, past_key_values)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -361,7 +366,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiMoV2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # Multi-token-prediction blocks ride along in releases; decoding with them is the business of other engines.
@@ -476,18 +481,21 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
+        cache: Cache | None = None,
         document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """`attention_mask` [B, past + S] is nonzero on real tokens. `position_ids` [B, S] that restart inside a row
         mark packed documents, which then do not see each other (calls without a cache only). `document_ids` [B, S] says
-        so outright, and spares the question whether there is a restart, for which the host waits.
+        so outright, and spares the question whether there is a restart, for which the host waits. `cache` is what
+        transformers calls `past_key_values` since 5.24; either name is taken.
 
         `output_hidden_states` may be a list of indices. Entry 0 is the embedding, entry i + 1 the residual stream
         after layer i, all of them BEFORE the final norm, as DFlash taps want them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        past_key_values = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         continues = past_key_values is not None
@@ -503,25 +511,30 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give [batch, positions]")
         padding = attention_mask if attention_mask is not None and not attention_mask.all() else None
-        masks: dict = {}
 
+        @functools.cache
         def mask_of(k_len, window):
-            if (k_len, window) not in masks:
-                masks[k_len, window] = visible_keys(x.shape[1], k_len, window, padding, documents, x.device)
-            return masks[k_len, window]
+            return visible_keys(x.shape[1], k_len, window, padding, documents, x.device)
 
+        # A cache knows how many keys a layer has only once it is updated. Without one they are the new positions, and
+        # tensors in the place of a function leave attention a graph that can be compiled.
+        masks = mask_of
+        if past_key_values is None:
+            masks = {
+                window: mask_of(x.shape[1], window) for window in {layer.self_attn.window for layer in self.layers}
+            }
         kinds = {(layer.self_attn.rope_theta, layer.self_attn.rotary_dim) for layer in self.layers}
         rotary = {kind: rotary_table(position_ids, kind[1], kind[0], x.dtype) for kind in kinds}
         wanted = range(len(self.layers) + 1) if output_hidden_states is True else output_hidden_states or ()
         states: list = [None] * (len(self.layers) + 1)
         for i, layer in enumerate(self.layers):
             states[i] = x if i in wanted else None
-            x = layer(x, rotary, mask_of, past_key_values)
+            x = layer(x, rotary, masks, past_key_values)
         states[-1] = x if len(self.layers) in wanted else None
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(x),
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(states) if wanted else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
 
@@ -546,10 +559,12 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, vocab_size], or of the last `logits_to_keep` positions; `labels` [B, S] add a mean loss."""
         kwargs.pop("return_dict", None)
+        past_key_values = past_key_values if cache is None else cache
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
@@ -557,7 +572,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return MoeCausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)}
         )
 
 

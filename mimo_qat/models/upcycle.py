@@ -141,18 +141,21 @@ def _chunked(source: dict[str, torch.Tensor], layer: str, chunks: int) -> torch.
     return torch.cat([part[c] for c in range(chunks) for part in parts])
 
 
-def save_bf16(model: MiMoV2ForCausalLM, tokenizer: Any, folder: str | Path) -> None:
+def save_bf16(
+    model: MiMoV2ForCausalLM, tokenizer: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Writes `model` in BF16 (router bias, and router where it has to be, in float32) with tokenizer and modeling code.
 
+    `state` is the state dict to write where the model's own is sharded; it has those types already.
     The folder appears whole or not at all; transformers alone loads it with trust_remote_code.
     """
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     kept = tuple(model._keep_in_fp32_modules_strict)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()] if state is None else []:
         tensor.data = tensor.data.to(torch.float32 if name.endswith(kept) else torch.bfloat16)
-    model.save_pretrained(work, max_shard_size="5GB")
+    model.save_pretrained(work, max_shard_size="5GB", state_dict=state)
     tokenizer.save_pretrained(work)
     write_json(work / "config.json", read_json(work / "config.json") | {"auto_map": AUTO_MAP})
     for name in REMOTE_CODE:

@@ -49,8 +49,15 @@ class QatConfig:
     """step of the router's correction bias towards equal load, as in auxiliary-loss-free balancing (2408.15664)"""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the master weights; bfloat16 is for comparison, it loses most small updates"""
+    engine: Literal["snapped", "hook"] = "snapped"
+    """"snapped": BF16 parameters rewritten from FP32 masters once a step; "hook": FP32 parameters that the optimizer
+    owns, quantized in every forward pass (experts only). Both compute the same"""
+    sharding: Literal["auto", "none", "fsdp2"] = "auto"
+    """how the model is spread over processes; "auto" does what accelerate was launched with, DeepSpeed included"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass"""
+    compile: bool = True
+    """on a GPU, sort tokens by expert and compile norms, attention and routers; half a minute at the start"""
     deterministic: bool = True
     """use only kernels that give the same bits every time, so that a resumed run ends with the same bytes"""
     logging_steps: int = 5
@@ -76,10 +83,15 @@ class QatConfig:
             raise ValueError("kl_weight, ce_weight and hidden_weight are all 0; nothing would be learned")
         if self.scale_rule == "none" and self.kl_weight and not self.ce_weight:
             raise ValueError("scale_rule none with KL alone: student and teacher are the same; set ce_weight")
+        if self.engine == "hook" and (self.train != "experts" or self.master_dtype != "float32"):
+            raise ValueError("the hook engine trains FP32 experts alone; use engine snapped for other train or masters")
 
 
-# What may differ between a run and the checkpoint that it continues.
-FREE = {"logging_steps", "save_steps", "eval_steps", "report_to", "run_name", "output_dir", "resume_from_checkpoint"}
+# What may differ between a run and the checkpoint that it continues. Batch sizes are compared as rows a step.
+FREE = {
+    *("logging_steps", "save_steps", "eval_steps", "report_to", "run_name", "output_dir", "resume_from_checkpoint"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "engine", "sharding", "gradient_checkpointing"),
+}
 
 
 def learning_rate(config: QatConfig, step: int) -> float:

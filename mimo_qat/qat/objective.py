@@ -1,5 +1,8 @@
 """Forward KL (and cross-entropy) over the full vocabulary, without the logits of more than one chunk."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +14,32 @@ def chunk_rows(head_VD: torch.Tensor) -> int:
     return max(64, 2**26 // len(head_VD)) if head_VD.is_cuda else 256
 
 
+def _chunk(
+    student_RV: torch.Tensor, teacher_RV: torch.Tensor | None, labels_R: torch.Tensor | None, kl: float, ce: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of KL, sum of CE, gradient [R, V] of kl * KL + ce * CE) of a chunk's logits; sums in float32."""
+    log_q = student_RV.float().log_softmax(-1)
+    q = log_q.exp()
+    grad, kl_sum, ce_sum = torch.zeros_like(q), q.new_zeros(()), q.new_zeros(())
+    if teacher_RV is not None:
+        log_p = teacher_RV.float().log_softmax(-1)
+        p = log_p.exp()
+        kl_sum = (p * (log_p - log_q)).sum()
+        grad = kl * (q - p)  # d KL / d logits = q - p
+    if ce:
+        assert labels_R is not None
+        known, label = labels_R != IGNORED, labels_R.clamp(min=0)
+        ce_sum = -(log_q.gather(1, label[:, None])[:, 0] * known).sum()
+        is_label = torch.arange(q.shape[1], device=q.device) == label[:, None]
+        grad = grad + (ce * known)[:, None] * (q - is_label.float())
+    return kl_sum, ce_sum, grad.to(student_RV.dtype)
+
+
+@functools.cache
+def _compiled_chunk() -> Callable:
+    return torch.compile(_chunk)  # two passes over the logits, where the operations one by one make twenty
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradient chunk by chunk during the forward pass; the head is frozen and needs none."""
 
@@ -18,23 +47,17 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, student_TD, teacher_TD, labels_T, head_VD, kl_weight, ce_weight):
         kl, ce = torch.zeros(2, device=student_TD.device).unbind()
         grad_TD = torch.empty_like(student_TD) if student_TD.requires_grad else None
-        chunk = chunk_rows(head_VD)
+        chunk, terms = chunk_rows(head_VD), _compiled_chunk() if head_VD.is_cuda else _chunk
         for start in range(0, len(student_TD), chunk):
             rows = slice(start, start + chunk)
-            log_q = F.linear(student_TD[rows], head_VD).float().log_softmax(-1)
-            grad = torch.zeros_like(log_q)
-            if teacher_TD is not None:
-                log_p = F.linear(teacher_TD[rows], head_VD).float().log_softmax(-1)
-                p = log_p.exp()
-                kl += (p * (log_p - log_q)).sum()
-                grad += kl_weight * (log_q.exp() - p)  # d KL / d logits = q - p
-            if ce_weight:
-                labels, known = labels_T[rows].clamp(min=0)[:, None], (labels_T[rows] != IGNORED)[:, None]
-                ce -= (log_q.gather(1, labels) * known).sum()
-                grad += log_q.exp() * (ce_weight * known)
-                grad.scatter_add_(1, labels, -ce_weight * known.float())
+            teacher_RV = None if teacher_TD is None else F.linear(teacher_TD[rows], head_VD)
+            labels_R = None if labels_T is None else labels_T[rows]
+            student_RV = F.linear(student_TD[rows], head_VD)
+            kl_sum, ce_sum, grad_RV = terms(student_RV, teacher_RV, labels_R, kl_weight, ce_weight)
+            kl += kl_sum
+            ce += ce_sum
             if grad_TD is not None:
-                grad_TD[rows] = grad.to(head_VD.dtype) @ head_VD
+                grad_TD[rows] = grad_RV @ head_VD
         ctx.save_for_backward(grad_TD)
         ctx.mark_non_differentiable(kl, ce)
         return kl_weight * kl + ce_weight * ce, kl, ce

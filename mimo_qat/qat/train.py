@@ -8,8 +8,6 @@ MXFP4 packer reproduces exactly, and the FP32 masters are in its checkpoints.
 """
 
 import json
-import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,16 +16,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
 from mimo_qat import data
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.load import final_hidden, load_for_training, save_trained
 from mimo_qat.provenance import JsonlLog, write_json, write_provenance
+from mimo_qat.qat import shard, state
 from mimo_qat.qat.config import FREE, QatConfig, learning_rate
 from mimo_qat.qat.experts import TokenCounts, expert_parameters, match_report, transposed_experts
+from mimo_qat.qat.hook import HookEngine
 from mimo_qat.qat.objective import agreement, chunked_loss, forward_kl, hidden_loss, next_tokens
 from mimo_qat.qat.snap import SnappedCopy
 
@@ -47,6 +47,35 @@ def other_parameters(model: Any, which: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if n not in experts and id(p) not in ends}
 
 
+def sharding(config: QatConfig, accelerator: Accelerator) -> str:
+    """ "none", "fsdp2" or "zero": what the configuration asks for, and by default how the run was launched."""
+    launched = accelerator.distributed_type
+    kind = {DistributedType.FSDP: "fsdp2", DistributedType.DEEPSPEED: "zero"}.get(launched, "none")
+    if config.sharding != "auto" and kind == "zero":
+        raise ValueError(f"sharding {config.sharding} under a DeepSpeed launch; use another accelerate recipe")
+    if launched == DistributedType.FSDP:
+        _check_fsdp_plugin(accelerator.state.fsdp_plugin)
+    kind = kind if config.sharding == "auto" else config.sharding
+    if kind == "fsdp2" and accelerator.num_processes < 2:
+        raise ValueError("fsdp2 shards over processes and there is one; launch more, or use sharding none")
+    if kind == "zero" and (config.engine == "hook" or config.master_dtype != "float32"):
+        raise ValueError("DeepSpeed keeps FP32 masters of its own; use engine snapped and master_dtype float32")
+    return kind
+
+
+def _check_fsdp_plugin(plugin: Any) -> None:
+    """ValueError for settings of an FSDP launch that the engines do not follow."""
+    offload = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+    for wrong, remedy in (
+        (plugin.fsdp_version != 2, "fsdp_version: 2 (FSDP1 flattens parameters across MXFP4 blocks)"),
+        (offload, "fsdp_offload_params: false (masters are snapped on the GPU)"),
+        (not plugin.reshard_after_forward, "fsdp_reshard_after_forward: true (teacher and student are gathered anew)"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false (every process reads the model)"),
+    ):
+        if wrong:
+            raise ValueError(f"this FSDP launch is not supported; set {remedy}, as in recipes/accelerate/fsdp2.yaml")
+
+
 class Trainer:
     """One run: data, engine, optimizer, and what a step, an evaluation and a checkpoint are."""
 
@@ -61,28 +90,51 @@ class Trainer:
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         # A debugging aid that costs a sixth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.model, self.tokenizer = load_for_training(config.model, torch.bfloat16, self.accelerator.device)
+        self.sharding = sharding(config, self.accelerator)
+        # Where the model is to be sharded it may not fit on one device; sharding moves it there layer by layer.
+        device = self.accelerator.device if self.sharding == "none" else "cpu"
+        self.model, self.tokenizer = load_for_training(config.model, torch.bfloat16, device)
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
-        self.engine = SnappedCopy(
-            expert_parameters(self.model),
-            None if config.scale_rule == "none" else config.scale_rule,
-            transposed=transposed_experts(self.model),
-            others=other_parameters(self.model, config.train),
-            master_dtype=getattr(torch, config.master_dtype),
-        )
+        if config.compile and self.accelerator.device.type == "cuda":
+            use_training_kernels(self.model, modules=self.sharding == "none")
+        self.matched = match_report(self.model)
         self.counts = TokenCounts(self.model)
+        self.engine = self._engine()
+        self.optimizer = self.engine.optimizer
         self.biases = [b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")]
         if config.balance_rate and not self.biases:
             raise ValueError("balance_rate needs routers with an e_score_correction_bias; leave it at 0 for this model")
-        self.optimizer = torch.optim.AdamW(
-            self.engine.masters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
         self.train_rows, self.eval_rows = self._data()
         self.step = 0
+
+    def _engine(self) -> Any:
+        """The engine of the configuration; it takes the trained parameters, sharded where the launch says so."""
+        config, model = self.config, self.model
+        experts, others = expert_parameters(model), other_parameters(model, config.train)
+        rule = None if config.scale_rule == "none" else config.scale_rule
+        transposed = transposed_experts(model)
+        if config.engine == "hook":
+            for param in experts.values():
+                param.data = param.data.float()
+        for param in (*experts.values(), *others.values()):
+            param.requires_grad_(True)
+        if self.sharding == "fsdp2":
+            shard.shard(model, self.accelerator.device)
+            now = dict(model.named_parameters())
+            experts, others = ({name: now[name] for name in names} for names in (experts, others))
+        if self.sharding == "zero":
+            from mimo_qat.qat.zero import ZeroEngine  # imports DeepSpeed
+
+            shard.keep_head_whole(model, self.accelerator.device)
+            return ZeroEngine(self.accelerator, model, experts, config, transposed=transposed, others=others)
+        if config.engine == "hook":
+            return HookEngine(model, experts, rule, transposed=transposed)
+        dtype = getattr(torch, config.master_dtype)
+        return SnappedCopy(experts, rule, transposed=transposed, others=others, master_dtype=dtype)
 
     def _data(self) -> tuple[data.Packed, data.Packed]:
         config = self.config
@@ -135,7 +187,8 @@ class Trainer:
 
     def hidden(self, batch: data.Packed) -> torch.Tensor:
         """Final hidden states [real tokens, hidden] of a packed batch."""
-        return final_hidden(self.model, batch["input_ids"], batch["position_ids"])[batch["doc_ids"] >= 0]
+        decoder = self.engine.decoder if self.sharding == "zero" else None
+        return final_hidden(self.model, batch["input_ids"], batch["position_ids"], decoder)[batch["doc_ids"] >= 0]
 
     def micro_step(self, batch: data.Packed, all_tokens: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; float32 [loss, KL, CE], each divided by the tokens of the step."""
@@ -152,7 +205,7 @@ class Trainer:
         if config.hidden_weight:
             assert teacher is not None
             loss = loss + config.hidden_weight * hidden_loss(student, teacher)
-        self.accelerator.backward(loss / all_tokens)
+        self.engine.backward(loss / all_tokens)
         return torch.stack((loss.detach(), kl, ce)) / all_tokens
 
     def train_step(self) -> dict[str, Any]:
@@ -163,12 +216,14 @@ class Trainer:
         all_tokens = int(self.accelerator.reduce(tokens, "sum"))
         counted = self.counts.counts.clone()
         losses = sum(self.micro_step(batch, all_tokens) for batch in batches)
-        norm = self._reduce_gradients()
+        norm, spoiled = self.engine.gradient_norm()
+        if spoiled:
+            raise ValueError(
+                f"step {self.step + 1}: the gradient of {spoiled} is not finite; the newest checkpoint in "
+                f"{self.out / 'checkpoints'} is whole: lower the learning rate or look at the data, then resume"
+            )
         rate = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.step(rate, config.max_grad_norm)
         flips = self.engine.snap()
         if config.balance_rate:
             self._balance(self.counts.counts - counted.to(self.counts.counts.device))
@@ -188,25 +243,10 @@ class Trainer:
             "tokens_per_s": all_tokens / seconds,
         }
 
-    def _reduce_gradients(self) -> float:
-        """Sums the masters' gradients over the processes and clips them; their norm. ValueError if it is not finite."""
-        masters = self.engine.masters
-        for master in masters.values():
-            if master.grad is None:  # no token of any micro-batch reached this layer's experts
-                master.grad = torch.zeros_like(master)
-            if self.accelerator.num_processes > 1:
-                master.grad = self.accelerator.reduce(master.grad, "sum")
-        total = torch.nn.utils.get_total_norm([m.grad for m in masters.values() if m.grad is not None])
-        norm = float(total)
-        if not math.isfinite(norm):
-            bad = [n for n, m in masters.items() if not torch.isfinite(m.grad).all()]  # type: ignore[arg-type]
-            raise ValueError(
-                f"step {self.step + 1}: the gradient of {bad[0] if bad else 'some weight'} is not finite; the newest "
-                f"checkpoint in {self.out / 'checkpoints'} is whole: lower the learning rate or look at the data, "
-                "then resume"
-            )
-        torch.nn.utils.clip_grads_with_norm_(masters.values(), self.config.max_grad_norm or math.inf, total)
-        return norm
+    def expert_tokens(self) -> list[list[int]]:
+        """Tokens that each expert of each MoE layer got since the last call, on all processes."""
+        counts = torch.tensor(self.counts.take(), device=self.accelerator.device)
+        return self.accelerator.reduce(counts, "sum").tolist()
 
     @torch.no_grad()
     def _balance(self, load_LE: torch.Tensor) -> None:
@@ -235,32 +275,34 @@ class Trainer:
             "eval_tokens": tokens,
         }
 
+    def rows_a_step(self) -> int:
+        """Packed rows of one optimizer step, over micro-batches and processes."""
+        config = self.config
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return size * self.accelerator.num_processes
+
     def save_checkpoint(self) -> None:
-        """checkpoints/step-N: masters, optimizer, step and configuration; the folder appears whole, older ones go."""
-        folder = self.out / "checkpoints" / f"step-{self.step:06d}"
-        work = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            work.mkdir(parents=True)
-            save_file({n: m.data.contiguous() for n, m in self.engine.masters.items()}, work / "masters.safetensors")
-            torch.save(self.optimizer.state_dict(), work / "optimizer.pt")
-            biases = [b.tolist() for b in self.biases] if self.config.balance_rate else []
-            write_json(work / "state.json", {"step": self.step, "biases": biases, "config": asdict(self.config)})
-            work.rename(folder)
-        except BaseException:  # a full disk, say: the previous checkpoint stays, the half-written one does not
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        for other in folder.parent.glob("step-*"):
-            if other != folder:
-                shutil.rmtree(other)
+        """checkpoints/step-N: masters, Adam's moments, step and configuration. Every process must call it."""
+        spans = self.engine.state() if self.engine.sharded or self.accelerator.is_main_process else {}
+        document = {
+            "step": self.step,
+            "rows_a_step": self.rows_a_step(),
+            "biases": [b.tolist() for b in self.biases] if self.config.balance_rate else [],
+            "config": asdict(self.config),
+        }
+        state.save(self.out / "checkpoints" / f"step-{self.step:06d}", spans, document, self.accelerator)
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint, if there is one; refuses one of another configuration."""
+        """Continues from the newest checkpoint, if there is one; refuses one of another configuration.
+
+        Another number of processes, another engine or another sharding may continue it, with as many rows a step.
+        """
         found = sorted((self.out / "checkpoints").glob("step-*"))
         if not found or not self.config.resume_from_checkpoint:
             return
-        state = json.loads((found[-1] / "state.json").read_text())
-        theirs, ours = state["config"], asdict(self.config)
+        document = json.loads((found[-1] / "state.json").read_text())
+        theirs = document["config"] | {"rows_a_step": document["rows_a_step"]}
+        ours = asdict(self.config) | {"rows_a_step": self.rows_a_step()}
         differing = [k for k in ours if k not in FREE and theirs.get(k) != ours[k]]
         if differing:
             key = differing[0]
@@ -268,18 +310,28 @@ class Trainer:
                 f"{found[-1]} was made with {key} {theirs.get(key)!r}, now {ours[key]!r}; "
                 "use the same configuration, another output_dir, or --resume_from_checkpoint false"
             )
-        self.engine.load_masters(load_file(found[-1] / "masters.safetensors"))
-        self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
-        for bias, value in zip(self.biases, state["biases"], strict=False):
+        state.load(found[-1], self.engine.state())
+        self.step = document["step"]
+        self.engine.restored(self.step)
+        for bias, value in zip(self.biases, document["biases"], strict=False):
             bias.copy_(torch.tensor(value))
-        self.step = state["step"]
+
+    def save_model(self) -> None:
+        """The trained model with its tokenizer in output_dir, written by the main process; every process must call."""
+        whole = None
+        if self.sharding != "none" or self.config.engine == "hook":
+            whole = shard.gather(self.model, self.engine, keep=self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self.model.config.use_cache = True
+            save_trained(self.model, self.tokenizer, self.out, whole)
+        self.accelerator.wait_for_everyone()
 
 
 def run(trainer: Trainer, save_model: bool = True) -> dict[str, Any]:
     """Trains to the last step, writes the model and returns the figures."""
     config, accelerator = trainer.config, trainer.accelerator
     main_process = accelerator.is_main_process
-    accelerator.print(match_report(trainer.model))
+    accelerator.print(trainer.matched)
     accelerator.print(f"{len(trainer.train_rows['input_ids'])} packed training rows")
     ptq = trainer.evaluate()  # the masters are still the originals, so this is round-to-nearest PTQ
     trainer.resume()
@@ -296,11 +348,12 @@ def run(trainer: Trainer, save_model: bool = True) -> dict[str, Any]:
         if evaluating or trainer.step % config.logging_steps == 0:
             metrics["codes_changed"] = trainer.engine.changed_against_ptq()
             accelerator.log(metrics, step=trainer.step)
+            expert_tokens = trainer.expert_tokens()
             if log:
-                log.write(**metrics, expert_tokens=trainer.counts.take())
+                log.write(**metrics, expert_tokens=expert_tokens)
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", ptq=f"{ptq['eval_kl']:.4f}", flips=metrics["flips"])
         bar.update()
-        if config.save_steps and main_process and (last or trainer.step % config.save_steps == 0):
+        if config.save_steps and (last or trainer.step % config.save_steps == 0):
             trainer.save_checkpoint()
     bar.close()
     trained = trainer.evaluate()
@@ -317,10 +370,9 @@ def run(trainer: Trainer, save_model: bool = True) -> dict[str, Any]:
         "scale_rule": config.scale_rule,
         "steps": config.max_steps,
     }
-    accelerator.wait_for_everyone()
+    if save_model:
+        trainer.save_model()
     if main_process and save_model:
-        trainer.model.config.use_cache = True
-        save_trained(trainer.model, trainer.tokenizer, trainer.out)
         write_provenance(trainer.out, config)
         write_json(trainer.out / "qat.json", report)
     accelerator.end_training()

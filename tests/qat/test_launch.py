@@ -1,107 +1,291 @@
-"""QAD in several processes: two processes, failures in the middle, and what they leave behind."""
+"""QAD in several processes on a CPU: DDP, FSDP2 and both engines, failures in the middle, and what they leave behind.
+
+DeepSpeed and CUDA are in tests/gpu/test_launch_gpu.py.
+"""
 
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from mimo_qat.qat import train
+from mimo_kernels import mxfp4
+from mimo_qat.qat import state, train
 from mimo_qat.qat.config import QatConfig
+from mimo_qat.qat.experts import expert_parameters
+from mimo_qat.qat.hook import HookEngine
+from mimo_qat.qat.objective import forward_kl
+from mimo_qat.qat.snap import SnappedCopy
 from tests.qat.test_qat import config as six_steps
+from tests.qat.test_qat import masters_of
 
 ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("launched.py")
+RECIPES = ROOT / "recipes/accelerate"
 
 
 def config(folder: Path, out: str, **changes) -> QatConfig:
     return six_steps(folder, **{"output_dir": str(folder / out), "max_steps": 4, "eval_steps": 4} | changes)
 
 
-def launch(configuration: QatConfig, processes: int) -> None:
-    file = Path(configuration.output_dir).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(asdict(configuration)))
+def start(processes: int, *program: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     # What `accelerate launch` starts: it hands several processes of one machine to torchrun.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "mimo_qat.qat.train", "--config", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *program], env=environment, start_new_session=True, **log)
+
+
+def finish(process: subprocess.Popen) -> None:
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-3000:]
+
+
+def drive(configuration: QatConfig, processes: int, reference: Path | None = None, faults: bool = False) -> dict:
+    """Runs tests/qat/launched.py; its report."""
+    report = Path(configuration.output_dir + ".report.json")
+    job = {"config": asdict(configuration), "report": str(report), "faults": faults}
+    job["reference"] = str(reference) if reference else None
+    file = report.with_suffix(".job")
+    file.write_text(json.dumps(job))
+    finish(start(processes, str(DRIVER), str(file)))
+    return json.loads(report.read_text())
+
+
+def train_module(configuration: QatConfig, processes: int) -> subprocess.Popen:
+    file = Path(configuration.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(asdict(configuration)))
+    return start(processes, "-m", "mimo_qat.qat.train", "--config", str(file))
 
 
 def curve(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_learn_what_one_does(learnable):
+WAYS = {
+    "ddp": {},
+    "fsdp2": {"sharding": "fsdp2"},
+    "fsdp2-hook": {"sharding": "fsdp2", "engine": "hook"},
+    "fsdp2-checkpointing": {"sharding": "fsdp2", "gradient_checkpointing": True},
+    "fsdp2-hook-checkpointing": {"sharding": "fsdp2", "engine": "hook", "gradient_checkpointing": True},
+}
+
+
+def test_every_way_learns_the_same_and_exports_the_same_bytes(learnable):
     """Half the micro-batches each: the same global batches, gradients that are summed in another order."""
-    launch(config(learnable, "one"), 1)
-    launch(config(learnable, "two", gradient_accumulation_steps=1), 2)
-    one, two = (curve(learnable / name) for name in ("one", "two"))
-    assert [line["step"] for line in two] == [1, 2, 3, 4]
-    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    train.main(config(learnable, "one", save_steps=4, eval_steps=1))
+    one, reference = curve(learnable / "one"), learnable / "one/checkpoints"
+    exported = (learnable / "one/model.safetensors").read_bytes()
+    masters = masters_of(reference / "step-000004")
+    for name, changes in WAYS.items():
+        way = drive(config(learnable, name, gradient_accumulation_steps=1, **changes), 2, reference)
+        assert way["processes"] == 2
+        for a, b in zip(one, way["steps"][:4], strict=True):
+            assert a["tokens"] == b["tokens"] and b["kl"] == pytest.approx(a["kl"], rel=5e-3), name
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2), name
+            assert b["flips"] == pytest.approx(a["flips"], rel=2e-2), name
+        assert way["trained"]["eval_kl"] == pytest.approx(one[-1]["eval_kl"], rel=1e-2)
+        assert way["codes_changed"] == pytest.approx(one[-1]["codes_changed"], rel=1e-2)
+        theirs = masters_of(learnable / name / "checkpoints/step-000004")
+        assert theirs.keys() == masters.keys()
+        for which, master in masters.items():
+            # Adam's first steps move every weight by about the rate; a gradient near zero may flip its sign.
+            assert (master - theirs[which]).abs().max() < 4 * 2 * 3e-4, (name, which)
+            assert (master - theirs[which]).abs().mean() < 3e-5, (name, which)
+        # The same state is the same file, and a run that was interrupted ends as one that was not.
+        assert (learnable / f"{name}-same/model.safetensors").read_bytes() == exported, name
+        assert (learnable / f"{name}-same/config.json").read_bytes() == (learnable / "one/config.json").read_bytes()
+        ended = (learnable / name / "model.safetensors").read_bytes()
+        assert (learnable / f"{name}-resumed/model.safetensors").read_bytes() == ended, name
+        assert way["steps"][2]["kl"] == way["steps"][4]["kl"], name
+
+
+def test_routers_train_in_shards_and_one_process_goes_on_where_two_ended(learnable):
+    """Everything but the ends of the model, with balancing: other_parameters, biases and rounding without rule none."""
+    settings = {"train": "body", "balance_rate": 1e-3, "ce_weight": 0.5, "save_steps": 4}
+    finish(train_module(config(learnable, "two", gradient_accumulation_steps=1, sharding="fsdp2", **settings), 2))
+    train.main(config(learnable, "one", **settings))
+    one, two = curve(learnable / "one"), curve(learnable / "two")
     for a, b in zip(one, two, strict=True):
-        assert b["kl"] == pytest.approx(a["kl"], rel=5e-3) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
-    assert one[-1]["eval_kl"] == pytest.approx(two[-1]["eval_kl"], rel=1e-2)
-    masters = [load_file(learnable / n / "checkpoints/step-000004/masters.safetensors") for n in ("one", "two")]
-    for name, master in masters[0].items():
-        # Adam's first steps move every weight by about the rate; a gradient near zero may flip its sign.
-        assert (master - masters[1][name]).abs().max() < 4 * 2 * 3e-4, name
-        assert (master - masters[1][name]).abs().mean() < 3e-5, name
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-3) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=2e-2
+        )
+        assert a["expert_tokens"] == pytest.approx(b["expert_tokens"], abs=20)
+        assert sum(map(sum, a["expert_tokens"])) == sum(map(sum, b["expert_tokens"]))
+    (learnable / "two/model.safetensors").rename(learnable / "two.safetensors")
+    train.main(config(learnable, "two", **settings))
+    assert (learnable / "two/model.safetensors").read_bytes() == (learnable / "two.safetensors").read_bytes()
 
 
-def test_the_same_state_is_the_same_file_from_one_and_from_two(learnable):
-    """A finished run is resumed and exported again, by one process and by two."""
-    launch(config(learnable, "run"), 1)
-    first = (learnable / "run/model.safetensors").read_bytes()
-    (learnable / "run/model.safetensors").unlink()
-    state = learnable / "run/checkpoints/step-000004/state.json"
-    launch(config(learnable, "run"), 1)
-    assert (learnable / "run/model.safetensors").read_bytes() == first
-    state.write_text(state.read_text().replace('"gradient_accumulation_steps": 2', '"gradient_accumulation_steps": 1'))
-    launch(config(learnable, "run", gradient_accumulation_steps=1), 2)
-    assert (learnable / "run/model.safetensors").read_bytes() == first
+def test_kill_and_resume_of_shards_ends_with_the_same_bytes(learnable):
+    sharded = {"sharding": "fsdp2", "gradient_accumulation_steps": 1, "max_steps": 12, "save_steps": 2}
+    process = train_module(config(learnable, "out", **sharded), 2)
+    log, deadline = learnable / "out/metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"step": 3,' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both processes
+    process.communicate()
+    assert not (learnable / "out/config.json").exists()
+    finish(train_module(config(learnable, "out", **sharded), 2))
+    finish(train_module(config(learnable, "whole", **sharded), 2))
+    parts = [f"checkpoints/step-000012/part-0000{rank}.safetensors" for rank in (0, 1)]
+    for file in ("model.safetensors", *parts):
+        assert (learnable / "out" / file).read_bytes() == (learnable / "whole" / file).read_bytes(), file
+    assert [line["step"] for line in curve(learnable / "out")] == list(range(1, 13))
+
+
+def test_a_failure_of_one_process_is_told_by_all_and_keeps_the_checkpoint(learnable):
+    report = drive(config(learnable, "faults", gradient_accumulation_steps=1, sharding="fsdp2"), 2, faults=True)
+    first, second = report["said"]
+    assert "another process could not write its part" in first[0] and "No space left" in second[0]
+    for said in report["said"]:
+        assert f"step 3: the gradient of {report['poisoned']} is not finite" in said[1]
+    folder = learnable / "faults/checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-000001"]
+    saved = masters_of(folder / "step-000001")
+    assert len(saved) == 6 and all(torch.isfinite(m).all() for m in saved.values())
 
 
 def test_a_gradient_that_is_not_finite_names_step_and_tensor(learnable, monkeypatch):
-    configuration = config(learnable, "nan")
-    trainer = train.Trainer(configuration)
-    original = train.Trainer._reduce_gradients
-    poisoned = list(trainer.engine.masters)[3]
+    trainer = train.Trainer(config(learnable, "nan"))
+    engine = trainer.engine
+    original, poisoned = engine.gradient_norm, list(engine.masters)[3]
 
-    def reduce(self):
-        if self.step == 2:
-            self.engine.masters[poisoned].grad[0, 0, 0] = float("nan")
-        return original(self)
+    def gradient_norm():
+        if trainer.step == 2:
+            engine.masters[poisoned].grad[0, 0, 0] = float("nan")
+        return original()
 
-    monkeypatch.setattr(train.Trainer, "_reduce_gradients", reduce)
+    monkeypatch.setattr(engine, "gradient_norm", gradient_norm)
     with pytest.raises(ValueError, match=f"step 3: the gradient of {poisoned} is not finite"):
         train.run(trainer)
-    saved = load_file(learnable / "nan/checkpoints/step-000002/masters.safetensors")
-    assert all(torch.isfinite(m).all() for m in saved.values())
+    saved = masters_of(learnable / "nan/checkpoints/step-000002")
+    assert len(saved) == 6 and all(torch.isfinite(m).all() for m in saved.values())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(learnable, monkeypatch):
-    real = train.save_file
+    real = state.save_file
 
-    def save(tensors, path):
+    def save(tensors, path, metadata):
         if "step-000004" in str(path):
             Path(path).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(train, "save_file", save)
+    monkeypatch.setattr(state, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
         train.main(config(learnable, "full"))
     folder = learnable / "full/checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     monkeypatch.undo()
     report = train.main(config(learnable, "full"))
-    assert report["steps"] == 4 and (folder / "step-000004/masters.safetensors").is_file()
+    assert report["steps"] == 4 and len(masters_of(folder / "step-000004")) == 6
+
+
+def test_spans_are_read_across_any_borders_and_gaps_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    values, borders = torch.arange(100.0), [0, 32, 33, 77, 100]
+    for i, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        document = json.dumps({"master.w": begin})
+        save_file({"master.w": values[begin:end].clone()}, tmp_path / f"part-{i}.safetensors", {"begin": document})
+    for begin, end in ((0, 100), (31, 34), (40, 40), (90, 100), (33, 77)):
+        read = torch.full((end - begin,), -1.0)
+        state.load(tmp_path, {"master.w": (read, begin)})
+        assert torch.equal(read, values[begin:end])
+    with pytest.raises(ValueError, match=r"does not match the model at master.v"):
+        state.load(tmp_path, {"master.w": (read, 0), "master.v": (read, 0)})
+    (tmp_path / "part-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 values of master.w"):
+        state.load(tmp_path, {"master.w": (torch.zeros(100), 0)})
+
+
+@pytest.mark.parametrize("rule", ["even", "mse", None])
+def test_the_hook_engine_computes_what_the_snapped_copy_does(tiny_model, rule):
+    """Bit for bit, with masters off the grid: student, teacher, and the gradient of the master."""
+    import copy
+
+    models = [copy.deepcopy(tiny_model).to(torch.bfloat16).requires_grad_(False) for _ in range(2)]
+    for name, param in expert_parameters(models[1]).items():
+        param.data = param.data.float()
+        assert name in dict(models[1].named_parameters())
+    snapped = SnappedCopy(expert_parameters(models[0]), rule)
+    hooked = HookEngine(models[1], expert_parameters(models[1]), rule)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 512, (2, 16), generator=generator)
+    with torch.no_grad():
+        for name in snapped.masters:  # values that BF16 cannot hold, so that quantizing the cast would show
+            noise = torch.randn(snapped.masters[name].shape, generator=generator) * 0.01
+            snapped.masters[name] += noise
+            hooked.masters[name] += noise
+    assert snapped.snap() == hooked.snap()
+    states, teachers = [], []
+    for model, engine in zip(models, (snapped, hooked), strict=True):
+        with torch.no_grad(), engine.teacher():
+            teachers.append(model.model(ids).last_hidden_state)
+        states.append(model.model(ids).last_hidden_state)
+        engine.backward(forward_kl(states[-1].flatten(0, 1), teachers[-1].flatten(0, 1), model.lm_head.weight))
+    assert torch.equal(*states) and torch.equal(*teachers) and not torch.equal(states[0], teachers[0])
+    assert snapped.gradient_norm() == hooked.gradient_norm()
+    for name, master in snapped.masters.items():
+        assert torch.equal(master.grad, hooked.masters[name].grad), name
+        # A BF16 cast before quantizing would give other codes somewhere.
+        if rule:
+            assert not torch.equal(mxfp4.snap(master.detach(), rule), mxfp4.snap(master.detach().bfloat16(), rule))
+    for engine in (snapped, hooked):
+        engine.step(1e-3, 1.0)
+    assert snapped.snap() == hooked.snap() and snapped.changed_against_ptq() == hooked.changed_against_ptq()
+    parameters = dict(models[1].named_parameters())
+    for name in snapped.masters:
+        assert torch.equal(snapped.whole(name, models[0].state_dict()[name]), hooked.whole(name, parameters[name]))
+
+
+def test_settings_that_no_engine_follows_are_refused(learnable):
+    for changes, words in (
+        ({"engine": "hook", "train": "body"}, "hook engine trains FP32 experts alone"),
+        ({"engine": "hook", "master_dtype": "bfloat16"}, "hook engine trains FP32 experts alone"),
+        ({"sharding": "fsdp2"}, "fsdp2 shards over processes and there is one"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.Trainer(config(learnable, "refused", **changes))
+    train.main(config(learnable, "rows"))
+    with pytest.raises(ValueError, match="made with rows_a_step 8, now 12"):
+        train.main(config(learnable, "rows", gradient_accumulation_steps=3))
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in RECIPES.glob("*.yaml")))
+def test_accelerate_understands_every_recipe(recipe, monkeypatch):
+    """The environment that `accelerate launch` would give the processes, made by its own functions."""
+    from accelerate.commands import launch
+    from accelerate.utils import launch as environments
+
+    monkeypatch.setattr(launch, "is_bf16_available", lambda *a, **k: True, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True, raising=False)
+    line = ["--config_file", str(RECIPES / recipe), "-m", "mimo_qat.qat.train", "--config", "recipes/qat/demo.yaml"]
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(line))
+    assert args.module and args.training_script == "mimo_qat.qat.train" and args.mixed_precision in (None, "no")
+    kind = recipe.removesuffix(".yaml")
+    if kind.startswith("zero"):
+        _, environment = environments.prepare_deepspeed_cmd_env(args)
+        assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == kind[-1]
+        assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+    elif kind == "single":
+        assert not (args.multi_gpu or args.use_fsdp or args.use_deepspeed)
+    else:
+        environment = environments.prepare_multi_gpu_env(args)
+        assert args.num_processes == 2 and (environment.get("ACCELERATE_USE_FSDP") == "true") == (kind == "fsdp2")
+        if kind == "fsdp2":
+            assert environment["FSDP_VERSION"] == "2" and environment["FSDP_RESHARD_AFTER_FORWARD"] == "true"
+            assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"

@@ -1,14 +1,19 @@
 """The MiMo-V2 model against transformers' `mimo_v2_flash`, itself under caching, and its checkpoint names."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
+from mimo_qat.models import gpu_experts
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 from mimo_qat.models.cpu_experts import use_bucketed_experts
-from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM, attend, visible_keys
+from mimo_qat.models.modeling_mimo_v2 import CACHE, MiMoV2Experts, MiMoV2ForCausalLM, attend, visible_keys
 
 
 def ids(*shape, seed=1):
@@ -98,7 +103,7 @@ def test_cached_decoding_equals_one_forward(tiny_model):
     for piece in x.split([5, 1, 9, 1, 1, 13], dim=1):
         with torch.no_grad():
             out = tiny_model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = out[CACHE]
         rows.append(out.logits)
     assert (torch.cat(rows, 1) - whole).abs().max() < 1e-5
 
@@ -152,6 +157,62 @@ def test_bucketed_experts_have_the_gradients_of_the_eager_ones(tiny_model):
     use_bucketed_experts(tiny_model)
     for name, grad in gradients().items():
         assert torch.allclose(grad, eager[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("kernels", ["one by one", pytest.param("generated", marks=pytest.mark.slow)])
+def test_sorted_experts_are_the_weighted_sum_of_their_experts(kernels, monkeypatch):
+    """Output and every gradient, router weights included, against a loop in float64; an expert without tokens too."""
+    if kernels == "generated":  # as on a GPU
+        monkeypatch.setattr(gpu_experts, "_fused", lambda function, *x: gpu_experts._compiled(function)(*x))
+    config = SimpleNamespace(n_routed_experts=5, moe_intermediate_size=32, hidden_size=64, hidden_act="silu")
+    experts = MiMoV2Experts(config)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    for parameter in experts.parameters():
+        parameter.data = 0.3 * draw(*parameter.shape)
+    chosen = torch.stack([torch.tensor([0, 1, 2, 4])[torch.randperm(4, generator=generator)[:2]] for _ in range(40)])
+    x, weights, grad = draw(40, 64), draw(40, 2).sigmoid(), draw(40, 64)
+
+    def run(forward, dtype):
+        module = copy.deepcopy(experts).to(dtype)
+        inputs = [x.to(dtype, copy=True).requires_grad_(), weights.to(dtype, copy=True).requires_grad_()]
+        out = forward(module, inputs[0], chosen, inputs[1])
+        out.backward(grad.to(dtype))
+        return [out, *(t.grad for t in (*inputs, *module.parameters()))]
+
+    def loop(module, x, chosen, weights):
+        out = []
+        for row, ids, w in zip(x, chosen, weights, strict=True):
+            gate, up = (module.gate_up_proj[ids] @ row).chunk(2, dim=-1)
+            out.append((w[:, None] * (module.down_proj[ids] @ (F.silu(gate) * up)[..., None])[..., 0]).sum(0))
+        return torch.stack(out)
+
+    for ours, exact in zip(
+        run(gpu_experts.sorted_experts_forward, torch.float32), run(loop, torch.float64), strict=True
+    ):
+        assert (ours - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.slow
+def test_training_kernels_change_nothing_but_rounding_and_compile_once_for_all_layers(tiny_model):
+    x = ids(2, 16)
+
+    def logits_and_gradients():
+        tiny_model.zero_grad()
+        out = tiny_model(x, labels=x, use_cache=False)
+        out.loss.backward()
+        return [out.logits.detach(), *(p.grad.clone() for p in tiny_model.parameters() if p.grad is not None)]
+
+    before = logits_and_gradients()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    use_training_kernels(tiny_model)
+    for ours, theirs in zip(logits_and_gradients(), before, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert tiny_model.config._experts_implementation == gpu_experts.NAME
+    # one graph for norms of the hidden size and of heads, and one a kind of attention and router
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model):
