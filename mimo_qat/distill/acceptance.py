@@ -113,9 +113,8 @@ def main(config: AcceptanceConfig) -> dict[str, Any]:
     target = load_model(config.target, dtype, device).eval()
     drafter = load_drafter(config.drafter, dtype, device)
     texts = replay_groups(config, target, drafter, load_tokenizer(config.target))
-    selector = drafter.candidate_selector
-    cap = int(drafter.config.block_size or 0)
-    tables = breakdown(texts, cap, int(selector.top_k) if selector is not None else TOP_K)
+    cap, selector = int(drafter.config.block_size or 0), drafter.candidate_selector
+    tables = breakdown(texts, cap, drafter.config.selector_top_k or TOP_K)
     for name in ("by_domain", "by_temperature", "by_domain_and_temperature"):
         print_table(tables[name], config.tree_budgets)
     print_table({"all": tables["all"]}, config.tree_budgets)

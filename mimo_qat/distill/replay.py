@@ -304,5 +304,4 @@ def replayed_acceptance(
     drafter.eval()
     texts = replay(target, drafter, batch, eos_token_ids, tree_budgets, chunk_anchors)
     drafter.train(training)
-    selector = drafter.candidate_selector
-    return summary(texts, drafter.config.block_size, selector.top_k if selector else TOP_K)
+    return summary(texts, drafter.config.block_size, drafter.config.selector_top_k or TOP_K)

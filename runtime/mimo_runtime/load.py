@@ -45,15 +45,15 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up[e]` [2I, H], `down[e]` [H, I]."""
+    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up` [E, 2I, H], `down` [E, H, I]."""
 
     router: torch.Tensor
     bias: torch.Tensor
     top_k: int
     normalise: bool
     scaling: float
-    gate_up: tuple[torch.Tensor, ...]
-    down: tuple[torch.Tensor, ...]
+    gate_up: torch.Tensor
+    down: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def _target_layer(checkpoint: Checkpoint, g: Geometry, i: int, cfg: LoadConfig) 
             top_k=g.num_experts_per_tok,
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
-            gate_up=gate_up.to(cfg.device).unbind(),
-            down=down.to(cfg.device).unbind(),
+            gate_up=gate_up.to(cfg.device),
+            down=down.to(cfg.device),
         )
     else:
         mlp = Mlp(torch.cat((weight("mlp.gate_proj"), weight("mlp.up_proj"))), weight("mlp.down_proj"))

@@ -19,6 +19,8 @@ from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, Target
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
 
+MANY_ROWS = 128  # up to here all experts in one product beat a loop over those in use, on a GPU
+
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [T, in] @ w [out, in]^T -> [T, out], possibly as a transposed view.
@@ -53,10 +55,25 @@ def route(moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weights * moe.scaling, chosen
 
 
+def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tensor:
+    """All experts on all rows x [T, H], weighted by combine [T, E] and summed in float32: two matrix products.
+
+    Nothing here depends on the routing's values, so the host never waits for the device.
+    """
+    gate, up = torch.matmul(x, moe.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, T, I] each
+    out = torch.bmm(F.silu(gate) * up, moe.down.transpose(1, 2))
+    return (out.float() * combine.t()[..., None]).sum(0)
+
+
 def moe_mlp(moe: Moe, x: torch.Tensor) -> torch.Tensor:
-    """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else."""
+    """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
+
+    A GPU computes every expert where few rows would touch most of them anyway: a launch costs more than their bytes.
+    """
     weights, chosen = route(moe, x)
     combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+    if x.is_cuda and len(x) <= MANY_ROWS and len(moe.gate_up) <= 4 * chosen.numel():
+        return every_expert(moe, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in sorted({e for row in chosen.tolist() for e in row}):
         weight = combine[:, e, None]

@@ -64,7 +64,7 @@ def test_transformers_drafts_and_accepts_as_the_runtime_does(pair, script):
     for prompt, text in pair.texts:
         tokens, theirs = script.transformers_rounds(pair.model, pair.drafter, prompt, NEW)
         _, ours = script.runtime_rounds(pair.engine, prompt, NEW)
-        assert tokens == text and len(theirs) > 8 and abs(len(theirs) - len(ours)) <= 1
+        assert tokens == text and len(theirs) > 5 and abs(len(theirs) - len(ours)) <= 1
         common = min(len(theirs), len(ours))
         assert theirs[:common] == ours[:common]
         assert all(len(drafts) == SIZE - 1 for drafts, _ in theirs)
