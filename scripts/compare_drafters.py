@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -39,7 +39,7 @@ from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.distill.blocks import make_blocks, valid_anchors
 from mimo_qat.distill.objective import default_gamma, metrics
 from mimo_qat.distill.taps import Taps
-from mimo_qat.distill.train import Distiller, DistillConfig, new_drafter
+from mimo_qat.distill.train import DistillConfig, Distiller, new_drafter
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
 from mimo_qat.provenance import commit, hardware, versions, write_json
 
@@ -382,7 +382,7 @@ def compare(name: str, layout: str, block_size: int, parts: dict[str, Batch], op
         target = load_model(config.target, dtype=dtype, device=options.device).eval().requires_grad_(False)
         task = Task(target, rows, start_drafter(config, target, options.mask_token_id), config)
         arm = {"ours": Ours, "specforge": SpecForge, "speculators": Speculators}[name.partition("_")[0]](task)
-        result |= arm.facts | {"settings": asdict(config)}
+        result |= arm.facts | {"rows": config.per_device_train_batch_size, "anchors_a_row": config.num_anchors}
         result |= train(arm, task, options.warm_up)
         weights = {n: w.detach().to("cpu", torch.float32, copy=True) for n, w in arm.weights().items()}
         del arm, task
@@ -438,8 +438,8 @@ def main() -> None:
     parts = {"packed": packed, "single": single_documents(packed, options.single_length)}
     parts["held_out"] = first_rows(held_out, min(options.eval_rows, len(held_out["input_ids"])))
     results: dict[str, Any] = {"commit": commit(), "hardware": hardware(), "versions": versions(), "runs": {}}
+    results["options"] = dict(vars(options))
     with tempfile.TemporaryDirectory() as options.scratch:
-        results["options"] = vars(options)
         for block_size, layout, name in product(options.block_sizes, options.layouts, options.arms):
             results["runs"][f"b{block_size}/{layout}/{name}"] = compare(name, layout, block_size, parts, options)
             if options.out:
