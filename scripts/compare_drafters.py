@@ -63,14 +63,11 @@ class Task:
         return {k: v[step * size : (step + 1) * size].to(self.target.device) for k, v in self.rows.items()}
 
     @torch.no_grad()
-    def hidden_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's taps [B, S, T*D] and its last layer's output before the final norm [B, S, D]."""
-        last = self.target.config.num_hidden_layers - 1
-        with Taps(self.target, [*self.drafter.config.target_layer_ids, last]) as taps:
+    def states(self, batch: Batch, layer_ids: list[int]) -> torch.Tensor:
+        """Outputs of the target's layers, before its final norm, joined: [B, S, layers * D]."""
+        with Taps(self.target, layer_ids) as taps:
             self.target.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-            states = taps.take()
-        size = self.target.config.hidden_size
-        return states[..., :-size], states[..., -size:]
+            return taps.take()
 
     def qwen3_config(self, attention: str, **extra: Any) -> Qwen3Config:
         """The drafter's shape as both peers read it: full attention in every layer."""
@@ -173,7 +170,7 @@ class SpecForge:
         from specforge.runtime.contracts import TrainBatch
 
         batch = self.task.batch(number)
-        taps, _ = self.task.hidden_states(batch)
+        taps = self.task.states(batch, self.task.drafter.config.target_layer_ids)
         tensors = {"input_ids": batch["input_ids"], "hidden_states": taps, "loss_mask": batch["loss_mask"]}
         ids = [str(i) for i in range(len(taps))]
         result = self.core.train_step(TrainBatch(sample_ids=ids, strategy="dflash", tensors=tensors))
@@ -232,24 +229,24 @@ class Speculators:
             "labels": "argmax of the target's own logits, computed in every step",
         }
 
-    def one_row(self, batch: Batch) -> Batch:
-        """input_ids, loss_mask, position_ids, document_ids [1, B*S]."""
+    def inputs(self, batch: Batch) -> Batch:
+        """One row of all documents: ids, masks and positions [1, B*S], and the target's states [1, B*S, ...]."""
+        layer_ids = self.task.drafter.config.target_layer_ids
+        states = self.task.states(batch, [*layer_ids, self.task.target.config.num_hidden_layers - 1])
+        taps, last = states.flatten(0, 1)[None].tensor_split([-self.task.target.config.hidden_size], dim=-1)
         documents = batch["doc_ids"]
         apart = documents + torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
         documents = torch.where(documents >= 0, apart, -1)
-        names = ("input_ids", "loss_mask", "position_ids")
-        return {n: batch[n].reshape(1, -1) for n in names} | {"document_ids": documents.reshape(1, -1)}
+        rows = {n: batch[n] for n in ("input_ids", "loss_mask", "position_ids")} | {"document_ids": documents}
+        rows = {n: values.reshape(1, -1) for n, values in rows.items()}
+        return rows | {"hidden_states": taps, "verifier_last_hidden_states": last}
 
     def step(self, number: int) -> torch.Tensor:
         batch = self.task.batch(number)
-        taps, last = self.task.hidden_states(batch)
-        with torch.autocast(taps.device.type, torch.bfloat16, enabled=taps.dtype == torch.bfloat16):
-            _, loss, _ = self.model(
-                hidden_states=taps.reshape(1, -1, taps.shape[-1]),
-                verifier_last_hidden_states=last.reshape(1, -1, last.shape[-1]),
-                **self.one_row(batch),
-                **self.call,
-            )
+        inputs = self.inputs(batch)
+        bf16 = inputs["hidden_states"].dtype == torch.bfloat16
+        with torch.autocast(inputs["hidden_states"].device.type, torch.bfloat16, enabled=bf16):
+            _, loss, _ = self.model(**inputs, **self.call)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -299,6 +296,7 @@ def train(arm: Any, task: Task, warm_up: int) -> dict[str, Any]:
     cuda = task.target.device.type == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if cuda else torch.cpu.synchronize
     seconds, losses = [], []
+    held = torch.cuda.memory_allocated() / 1e9 if cuda else None
     for step in range(task.config.max_steps):
         if cuda and step == warm_up:
             torch.cuda.reset_peak_memory_stats()
@@ -320,6 +318,7 @@ def train(arm: Any, task: Task, warm_up: int) -> dict[str, Any]:
         "tokens_per_s": tokens / median,
         "blocks_a_step": blocks,
         "blocks_per_s": blocks / median,
+        "held_before_gb": held,
         "peak_gb": peak,
         "loss": losses,
     }
@@ -373,6 +372,7 @@ def distill_config(options: argparse.Namespace, block_size: int, layout: str, op
 def compare(name: str, layout: str, block_size: int, parts: dict[str, Batch], options: argparse.Namespace) -> dict:
     """One arm from start to finish; an exception becomes part of the result."""
     result: dict[str, Any] = {}
+    began = time.perf_counter()
     torch.compiler.reset()  # shapes of an earlier arm would make this one compile for symbolic sizes
     torch.manual_seed(0)
     try:
@@ -391,6 +391,7 @@ def compare(name: str, layout: str, block_size: int, parts: dict[str, Batch], op
         result["held_out"] = judge(target, drafter, weights, parts["held_out"], config)
     except Exception:
         result["error"] = traceback.format_exc(limit=-4)
+    result["total_seconds"] = time.perf_counter() - began  # with loading, compilation and judging
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()

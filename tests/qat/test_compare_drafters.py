@@ -124,7 +124,7 @@ def forwards(script, monkeypatch, folder, rows, anchors):
     count, length = batch["input_ids"].shape
     anchors = torch.tensor(anchors).expand(count, -1)
     blocks = blocks_at(batch, anchors, torch.ones_like(anchors, dtype=torch.bool), 4)
-    taps, last = task.hidden_states(batch)
+    taps = task.states(batch, task.drafter.config.target_layer_ids)
     hidden = {"ours": draft_rows(task.drafter, task.target.get_input_embeddings(), batch["input_ids"], blocks, taps)}
 
     theirs = script.SpecForge(task).model
@@ -134,12 +134,7 @@ def forwards(script, monkeypatch, folder, rows, anchors):
     flat = (blocks.anchors + length * torch.arange(count)[:, None]).flatten()
     monkeypatch.setattr(core, "select_anchors", lambda *_: (flat, blocks.valid.flatten()))
     arm = script.Speculators(task)
-    hidden["speculators"], _, _, supervised, _ = arm.model._backbone_forward(
-        hidden_states=taps.flatten(0, 1)[None],
-        verifier_last_hidden_states=last.flatten(0, 1)[None],
-        max_anchors=len(flat),
-        **arm.one_row(batch),
-    )
+    hidden["speculators"], _, _, supervised, _ = arm.model._backbone_forward(**arm.inputs(batch), max_anchors=len(flat))
     for name in ("specforge", "speculators"):
         hidden[name] = hidden[name].view(count, -1, 4, hidden[name].shape[-1])[:, :, 1:]
     return blocks, hidden, supervised.view(count, -1, 4)[..., 1:].bool()
