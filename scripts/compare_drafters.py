@@ -37,9 +37,11 @@ from transformers import Qwen3Config
 from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.distill.blocks import make_blocks, valid_anchors
-from mimo_qat.distill.objective import default_gamma, metrics
+from mimo_qat.distill.config import DistillConfig
+from mimo_qat.distill.objective import default_gamma
+from mimo_qat.distill.start import new_drafter
 from mimo_qat.distill.taps import Taps
-from mimo_qat.distill.train import DistillConfig, Distiller, new_drafter
+from mimo_qat.distill.train import Distiller
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
 from mimo_qat.provenance import commit, hardware, versions, write_json
 
@@ -66,7 +68,8 @@ class Task:
     def states(self, batch: Batch, layer_ids: list[int]) -> torch.Tensor:
         """Outputs of the target's layers, before its final norm, joined: [B, S, layers * D]."""
         with Taps(self.target, layer_ids) as taps:
-            self.target.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            places = {"position_ids": batch["position_ids"], "document_ids": batch["doc_ids"]}
+            self.target.model(batch["input_ids"], **places, use_cache=False)
             return taps.take()
 
     def qwen3_config(self, attention: str, **extra: Any) -> Qwen3Config:
@@ -103,12 +106,13 @@ class Ours:
 
     def __init__(self, task: Task):
         self.run = Distiller(task.config, task.target, task.drafter, task.rows, task.rows)
-        self.facts: dict[str, Any] = {"optimizer": task.config.optimizer, "documents": "separate"}
+        names = ("optimizer", "max_grad_norm", "compile")
+        self.facts: dict[str, Any] = {n: getattr(task.config, n) for n in names} | {"documents": "separate"}
 
-    def step(self, number: int) -> float:
+    def step(self, number: int) -> torch.Tensor:
         self.run.window.zero_()
         self.run.train_step()
-        return float(metrics(self.run.window)["loss"])
+        return self.run.window[0] / self.run.window[1]
 
     def blocks(self, batch: Batch) -> int:
         config = self.run.config
@@ -364,6 +368,7 @@ def distill_config(options: argparse.Namespace, block_size: int, layout: str, op
         optimizer=optimizer,  # type: ignore[arg-type]
         schedule="constant",
         warmup_ratio=0.0,
+        compile=options.compile,
         bf16=options.device == "cuda",
         use_cpu=options.device == "cpu",
     )
@@ -417,6 +422,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_draft_layers", type=int, default=2)
     parser.add_argument("--num_taps", type=int, default=5)
     parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--compile", action="store_true", help="compile the layers of our drafter too")
     parser.add_argument("--eval_rows", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
