@@ -314,23 +314,29 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def listen(cfg: ServeConfig) -> socket.socket:
+    """A socket bound to host and port; uvicorn begins to listen on it once the model is loaded."""
+    bound = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((cfg.host, cfg.port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"cannot listen on {cfg.host} port {cfg.port} ({error}); choose another --port") from None
+    return bound
+
+
 def main(cfg: ServeConfig) -> None:
     """Serves a release over HTTP until SIGTERM or SIGINT, then finishes what runs and exits with 0."""
-    keys = cfg.api_keys()
-    listener = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((cfg.host, cfg.port))
-    except OSError as error:
-        raise ValueError(f"cannot listen on {cfg.host} port {cfg.port} ({error}); choose another --port") from None
+    keys, bound = cfg.api_keys(), listen(cfg)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     server = Server(Api(Engine(cfg.folder, cfg), cfg))
-    host, port = listener.getsockname()[:2]
+    host, port = bound.getsockname()[:2]
     if not keys and not host.startswith("127.") and host != "::1":
         log.warning("everyone who reaches %s may use this server; give --api_key_file to ask for keys", host)
     log.info("serving %s at http://%s:%d/v1", cfg.name, f"[{host}]" if ":" in host else host, port)
     # uvicorn handles both signals and raises them again at its end; by then they are handled.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
-    server.run(sockets=[listener])
+    server.run(sockets=[bound])
