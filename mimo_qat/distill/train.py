@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_packed, load_tokenizer, pack, read_rows, split_rows, tokenize_rows
-from mimo_qat.distill.answers import end_token_ids, prompt_ids, questions
+from mimo_qat.data import load_generated, load_packed, load_tokenizer, pack, read_rows, split_rows, tokenize_rows
 from mimo_qat.distill.blocks import Blocks, attention_masks, blocks_at, sample_anchors
 from mimo_qat.distill.config import FREE_ON_RESUME, DistillConfig
 from mimo_qat.distill.evaluate import evaluate
+from mimo_qat.distill.generate import end_token_ids, prompt_ids, questions
 from mimo_qat.distill.objective import Objective, Sums, head_loss, metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.start import new_drafter, pick_mask_token, warm_start
@@ -313,10 +313,12 @@ def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list
             raise ValueError(f"{config.data} holds no prompts to decode; give eval_data, or set eval_prompts to 0")
         held = held if held_rows is None else packed(held_rows)
     else:
-        rows = read_rows(config.data)
-        kept, held_rows = (
-            split_rows(rows, config.eval_fraction, config.seed) if held_rows is None else (rows, held_rows)
-        )
+        if held_rows is not None:
+            kept = read_rows(config.data)
+        elif Path(config.data).is_dir():
+            kept, held_rows = load_generated(config.data)
+        else:
+            kept, held_rows = split_rows(read_rows(config.data), config.eval_fraction, config.seed)
         train, held = packed(kept), packed(held_rows)
     if not train["loss_mask"].any():
         raise ValueError(

@@ -20,9 +20,8 @@ from transformers import GenerationConfig
 
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run as run_verb
-from mimo_qat.data import read_rows, split_rows
+from mimo_qat.data import load_generated
 from mimo_qat.distill import evaluate as decode
-from mimo_qat.distill.answers import answer_prompts, questions
 from mimo_qat.distill.config import DistillConfig
 from mimo_qat.distill.objective import metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
@@ -461,59 +460,11 @@ def test_resuming_with_another_learning_rate_is_refused(tiny_model, tmp_path):
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-class NumberTokenizer:
-    """Text is numbers; a turn is its content."""
-
-    pad_token_id, eos_token_id = 0, None
-
-    def __call__(self, text, add_special_tokens=False):
-        return SimpleNamespace(input_ids=[int(t) for t in text.split()])
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return " ".join(m["content"] for m in messages) + " "
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids))
-
-
 def ask(text):
     return [{"role": "user", "content": text}]
 
 
-def test_batched_answers_equal_answers_alone(tiny_model):
-    prompts = [ask("17 3 99 200 41 7"), ask("5"), ask("60 61 62")]
-    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), prompts, 10, batch_size=3)
-    for prompt, row in zip(prompts, rows, strict=True):
-        ids = [int(t) for t in prompt[0]["content"].split()]
-        assert row["messages"][:1] == prompt
-        assert row["messages"][1]["content"] == " ".join(map(str, decode.greedy(tiny_model, ids, 10)))
-    assert counts == {"prompts": 3, "answered": 3, "tokens": 30, "truncated": 3, "looping": 0, "empty": 0}
-
-
-def test_looping_answers_are_dropped(tiny_model):
-    with torch.no_grad():  # a head that always says the same
-        tiny_model.lm_head.weight.zero_()
-    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6"), ask("7")], 12, batch_size=2)
-    assert rows == [] and counts["looping"] == 2 and counts["answered"] == 0
-
-
-def test_sampled_answers_follow_the_seed(tiny_model):
-    def answers(seed):
-        return answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6")], 12, 1, temperature=1.0, seed=seed)[0]
-
-    assert answers(1) == answers(1) != answers(2)
-
-
-def test_questions_end_before_the_last_answer():
-    turns = [
-        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    ]
-    assert questions([{"messages": turns}]) == [turns[:3]]
-    with pytest.raises(ValueError, match="row 0"):
-        questions([{"text": "prose"}])
-
-
-def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
+def test_generate_data_then_distill_from_folders(bf16_folder, tmp_path, capsys):
     """The two commands as a user runs them, from a checkpoint folder to a drafter that loads."""
     pytest.importorskip("jsonargparse")
     words = {**{f"t{i}": i for i in range(500)}, "<|mask|>": 500}
@@ -539,20 +490,21 @@ def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
         assert code == 0, printed
         return json.loads(printed.splitlines()[-1])
 
-    target, rows = str(bf16_folder.path), str(tmp_path / "answers.jsonl")
-    answered = command("answer", target=target, prompts=prompts_file, output=rows, max_new_tokens=12, temperature=1.0)
-    assert answered["ok"] and answered["answered"] >= 20
-    few = command("answer", target=target, prompts=prompts_file, output=tmp_path / "few", limit=8, max_new_tokens=12)
-    assert few["prompts"] == 8
-    kept, held = split_rows(read_rows(tmp_path / "few"), 0.5)
-    assert kept and held, "a drawn subset must not fall on one side of the held-out split"
+    target, rows = str(bf16_folder.path), str(tmp_path / "answers")
+    asked = {"target": target, "prompts": f"[{prompts_file}]", "max_new_tokens": 12, "temperatures": "[0, 1.0]"}
+    answered = command("generate-data", **asked, output_dir=rows, held_out=0.3)
+    assert answered["ok"] and answered["prompts"] == 24 and answered["answers"] >= 30
+    kept, held = load_generated(rows)
+    assert kept and held and not {r["prompt_id"] for r in kept} & {r["prompt_id"] for r in held}
     flags = {k: v for k, v in vars(settings(tmp_path / "out")).items() if v is not None}
-    flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6, "eval_fraction": 0.3}
+    flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6}
     del flags["mask_token_id"]
     document = command("distill", **flags)
     assert document["steps"] == 8 and document["decoding"]["prompts"] == 2 and "eval_loss" in document
     drafter = load_drafter(tmp_path / "out")
-    assert drafter.config.mask_token_id == 500 and drafter.config.target_layer_ids == [0, 1, 3]
+    used = {i for r in (*kept, *held) for i in r["prompt_ids"] + r["answer_ids"]}
+    assert drafter.config.mask_token_id >= 500 and drafter.config.mask_token_id not in used  # a random target says all
+    assert drafter.config.target_layer_ids == [0, 1, 3]
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]["data"] == rows
 
 
