@@ -28,6 +28,7 @@ from mimo_qat.distill.objective import Objective, Sums, head_loss, metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.start import new_drafter, pick_mask_token, warm_start
 from mimo_qat.distill.taps import Taps
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.dflash_files import save_drafter
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
 from mimo_qat.provenance import JsonlLog, atomic_write, write_provenance
@@ -92,6 +93,8 @@ class Distiller:
             self.drafter, config.optimizer, betas, config.weight_decay, config.ema_decay
         )  # fmt: skip
         self.drafter.to(self.dtype)
+        if config.compile and self.device.type == "cuda":
+            use_training_kernels(self.target)
         run_layers = self.drafter.run_layers
         self.run_layers = torch.compile(run_layers, dynamic=False) if config.compile else run_layers
         self.step, self.tokens = 0, 0
@@ -99,6 +102,12 @@ class Distiller:
         self.orders: dict[int, torch.Tensor] = {}
         self.tap_cache: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.checkpoint_path = Path(config.output_dir) / "checkpoint.pt"
+
+    def close(self) -> None:
+        """Ends training: the target's modules are as they were, because those compiled for it decode slowly."""
+        self.accelerator.end_training()
+        for module in self.target.modules():
+            module.__dict__.pop("forward", None)
 
     def no_sums(self) -> torch.Tensor:
         return torch.zeros(4 + 2 * self.config.block_size, dtype=torch.float64, device=self.device)
@@ -283,7 +292,7 @@ class Distiller:
         bar.close()
         if not last and self.held_out["input_ids"].shape[0]:
             last = self.teacher_forced()  # the run was complete before
-        self.accelerator.end_training()  # the other processes are done; the first one writes and decodes alone
+        self.close()  # the other processes are done; the first one writes and decodes alone
         return last
 
 

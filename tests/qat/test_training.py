@@ -17,6 +17,7 @@ from mimo_qat.distill.objective import Objective, metrics
 from mimo_qat.distill.optim import MasterOptimizer
 from mimo_qat.distill.start import new_drafter, warm_start
 from mimo_qat.distill.train import Distiller, distill, load_data, target_rows, whole
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from tests.qat.conftest import character_tokenizer
 from tests.qat.test_distill import HEAD, PROMPT, SIZE, no_rows, packed_rows, settings
@@ -201,6 +202,17 @@ def test_a_step_never_waits_for_the_device(tiny_model, tmp_path, compiled):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert metrics(run.window)["loss"] > 0
+
+
+def test_a_target_decodes_as_before_training(tiny_model, tmp_path):
+    ids = torch.tensor([PROMPT])
+    before = tiny_model(ids).logits
+    run = distiller(tiny_model, tmp_path)
+    use_training_kernels(tiny_model)  # compiles where it is called first, which is nowhere here
+    assert "forward" in vars(tiny_model.model.norm)
+    run.close()
+    assert not any("forward" in vars(module) for module in tiny_model.modules())
+    assert (tiny_model(ids).logits - before).abs().max() < 1e-5
 
 
 # --- warm starts -------------------------------------------------------------------------------------------------
