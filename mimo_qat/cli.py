@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": Verb("mimo_qat.evaluate", "EvaluateConfig", "KL, agreement and tasks of quantized models, paired"),
     "distill": Verb("mimo_qat.distill.train", "DistillConfig", "train a DFlash drafter for a target"),
     "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),
+    "acceptance": Verb("mimo_qat.distill.acceptance", "AcceptanceConfig", "acceptance length by domain, by replay"),
     "convert": Verb("mimo_qat.convert", "ConvertConfig", "target + drafter -> FP4-DFlash release folder"),
     "check": Verb("mimo_qat.checkpoint.check", "CheckConfig", "prove a checkpoint folder", positional="folder"),
     "layout": Verb(

@@ -68,7 +68,8 @@ def speculate(
             block = torch.cat((anchor, anchor.new_full((size - 1,), mask_id)))[None]
             hidden = drafter(embed(block), context, past_key_values=draft_cache).last_hidden_state
             draft_cache.crop(-size)
-            drafts = head(hidden[:, 1:]).argmax(-1)[0]
+            rows = hidden[:, 1:]
+            drafts = drafter.draft_tokens(rows, head(rows), anchor)[0]
             candidates = torch.cat((anchor, drafts))[None]
             logits = target(candidates, past_key_values=cache, use_cache=True).logits
             picks = pick(logits[0], temperature, generator)

@@ -1,7 +1,8 @@
 """mimo-runtime bench runs/demo/release --limit 6 --max_new_tokens 64
 
 Decoding speed of one sequence with and without the drafter, on the same prompts in turn, and what the drafter's
-acceptance is made of. The acceptance length counts the model's own token after the drafts, so it lies in [1, block];
+acceptance is made of; with `--tree_budget N` also with trees of N drafts. The acceptance length counts the model's own
+token after the drafts, so it lies in [1, block];
 it is printed beside what would make it look good for free: an n-gram copier on the same text, and how repetitive the
 text is. Rounds that a stop token or the budget cut short are left out. The last line is one JSON document, which
 `--output` keeps in a file; its "records" are the figures for model cards and docs/results/.
@@ -122,13 +123,21 @@ def _summary(runs: list[dict[str, Any]], block: int) -> dict[str, Any]:
         "distinct_3": sum(distinct(g.tokens) for g in plain) / len(plain),
         "lookup_length": acceptance([lookup_rounds(r["ids"], r["plain"].tokens, block) for r in runs], block)["length"],
     }
-    if runs[0].get("drafted"):
-        drafted = [r["drafted"] for r in runs]
-        out["tokens_per_second"] = _speed(drafted)
-        out["step_ms"] = _step(drafted)
-        out["speedup"] = out["tokens_per_second"] / out["plain_tokens_per_second"]
-        out["acceptance"] = acceptance([[x.accepted for x in g.rounds if not x.cut] for g in drafted], block)
+    if "drafted" in runs[0]:
+        out |= _drafting([r["drafted"] for r in runs], out["plain_tokens_per_second"], block)
+    if "tree" in runs[0]:
+        out["tree"] = _drafting([r["tree"] for r in runs], out["plain_tokens_per_second"], block)
     return out
+
+
+def _drafting(drafted: list[Generation], plain: float, block: int) -> dict[str, Any]:
+    speed = _speed(drafted)
+    return {
+        "tokens_per_second": speed,
+        "step_ms": _step(drafted),
+        "speedup": speed / plain,
+        "acceptance": acceptance([[x.accepted for x in g.rounds if not x.cut] for g in drafted], block),
+    }
 
 
 def _speed(generations: list[Generation]) -> float:
@@ -143,15 +152,17 @@ def _step(generations: list[Generation]) -> float | None:
 
 
 def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchConfig) -> list[dict[str, Any]]:
-    """Runs every prompt plainly and with drafts, in turn, so that a slow minute of the machine hits both."""
-    drafting = engine.drafter is not None or cfg.forced_acceptance is not None
-    engine.generate(prompts[0][1], _short(cfg), forced_acceptance=cfg.forced_acceptance)  # warm-up, not counted
+    """Runs every prompt plainly, with chains and with trees, in turn, so that a slow minute of the machine hits all."""
+    ways = {"drafted": False} if engine.drafter is not None or cfg.forced_acceptance is not None else {}
+    ways |= {"tree": True} if cfg.tree_budget else {}
+    for tree in ways.values() or (False,):  # warm-up, not counted
+        engine.generate(prompts[0][1], _short(cfg), tree=tree, forced_acceptance=cfg.forced_acceptance)
     runs = []
     for i, (prompt, ids) in enumerate(prompts):
         run: dict[str, Any] = {"domain": prompt.domain, "ids": ids, "plain": engine.generate(ids, cfg, speculate=False)}
-        if drafting:
-            run["drafted"] = engine.generate(ids, cfg, forced_acceptance=cfg.forced_acceptance)
-            run["equality"] = compare(engine, ids, run["plain"].tokens, run["drafted"].tokens)
+        for way, tree in ways.items():
+            run[way] = engine.generate(ids, cfg, tree=tree, forced_acceptance=cfg.forced_acceptance)
+        run["equality"] = [compare(engine, ids, run["plain"].tokens, run[way].tokens) for way in ways]
         runs.append(run)
         if sys.stderr.isatty():
             print(f"\rprompt {i + 1}/{len(prompts)}", end="\n" * (i + 1 == len(prompts)), file=sys.stderr, flush=True)
@@ -175,6 +186,13 @@ def _print_table(rows: dict[str, dict[str, Any]]) -> None:
         else:
             line += f"{'-':>11} {'-':>8} {'-':>22} {'-':>5} "
         print(line + f"{row['lookup_length'] or 0:6.2f} {row['distinct_3']:10.2f}")
+    for name, row in rows.items():
+        if "tree" in row and row["tree"]["acceptance"]["rounds"]:
+            tree, a = row["tree"], row["tree"]["acceptance"]
+            print(
+                f"{name:10} with trees: {tree['tokens_per_second']:.1f} tokens/s ({tree['speedup']:.2f}x), acceptance "
+                f"{a['length']:.2f} [{a['ci95'][0]:.2f}, {a['ci95'][1]:.2f}], step {tree['step_ms']:.1f} ms"
+            )
     a = rows["all"].get("acceptance")
     if a and a["rounds"]:
         print("slot                " + " ".join(f"{k + 1:5d}" for k in range(len(a["survival"]))))
@@ -205,7 +223,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     print(steps)
     print(f"plain decoding reads {need / 1e6:.0f} MB a token: {used:.1f} GB/s of {bandwidth:.1f} measured "
           f"({used / bandwidth:.0%} of the roofline)")  # fmt: skip
-    equal = [r["equality"] for r in runs if "equality" in r]
+    equal = [e for r in runs for e in r["equality"]]
     different = [e for e in equal if not e["identical"]]
     if equal:
         print(f"output with and without drafts: {len(equal) - len(different)} of {len(equal)} identical")
@@ -231,13 +249,15 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
 def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of all prompts; those of drafting are absent where there was none."""
     settings = made["settings"]
-    kept = ("max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts")
+    kept = ("max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts", "tree_budget")
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
     where |= {"block": made["block"], "ngram_lookup": row["lookup_length"], **made["hardware"], **made["versions"]}
     figures = {
         "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
         "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
         "acceptance_length": (row.get("acceptance", {}).get("length"), "tokens/verify"),
+        "tree_tokens_per_s": (row.get("tree", {}).get("tokens_per_second"), "tokens/s"),
+        "tree_acceptance_length": (row.get("tree", {}).get("acceptance", {}).get("length"), "tokens/verify"),
     }
     return [record(n, value, unit, where, made) for n, (value, unit) in figures.items() if value is not None]
 

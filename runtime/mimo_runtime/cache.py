@@ -39,6 +39,15 @@ class RingCache:
             cache[:, self.scratch + first : self.scratch + first + fit] = new[:, :fit]
             cache[:, self.scratch : self.scratch + new.shape[1] - fit] = new[:, fit:]
 
+    def keep(self, rows: torch.Tensor, start: int) -> None:
+        """Moves the rows written at start + rows[i] to start + i, in place: what a verified tree leaves.
+
+        `rows` [A] ascends from 0, so that every row moves down. Rows after start + A - 1 count as rejected.
+        """
+        held = self.scratch + (rows + start) % self.capacity
+        place = self.scratch + (torch.arange(len(rows), device=rows.device) + start) % self.capacity
+        self.k[:, place], self.v[:, place] = self.k[:, held], self.v[:, held]
+
     def used(self, end: int) -> int:
         """How many ring slots a call that ends before position `end` reads."""
         return min(self.capacity, -(-end // BUCKET) * BUCKET)

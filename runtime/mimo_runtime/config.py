@@ -21,6 +21,8 @@ class EngineConfig:
     """prompt tokens computed at once"""
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
+    tree_budget: int = 0
+    """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain"""
 
 
 @dataclass(kw_only=True)

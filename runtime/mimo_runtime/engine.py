@@ -10,14 +10,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from mimo_qat.models.draft_tree import Tree, chain_tree, greedy_chain, grow_tree
 from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
 from mimo_runtime.load import Drafter, LoadConfig, load_drafter, load_target, tokenizer_size
-from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
-from mimo_runtime.speculate import Round, choose, decode, forced_drafts
+from mimo_runtime.model import (
+    draft_context,
+    draft_forward,
+    keep_rows,
+    new_caches,
+    new_draft_caches,
+    target_forward,
+)
+from mimo_runtime.speculate import Propose, Round, choose, decode, draft_candidates, forced_drafts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
@@ -69,7 +77,9 @@ class Engine:
         # A CPU in float32 computes more slowly than it reads, and its roundings are far below any choice.
         slow = self.device.type == "cpu" and cfg.dtype == "float32"
         self.min_rows = 1 if slow else self.block
-        self.caches = new_caches(self.target, cfg.max_len, self.block)
+        if cfg.tree_budget < 0 or (cfg.tree_budget and self.drafter is None):
+            raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
+        self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
 
     @torch.inference_mode()
@@ -79,30 +89,43 @@ class Engine:
         sampling: SamplingConfig | None = None,
         *,
         speculate: bool = True,
+        tree: bool = True,
         forced_acceptance: int | list[int] | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> Generation:
         """Generates after `prompt_ids`; `on_tokens` gets the tokens of each round as they are committed.
 
-        `speculate=False` leaves the drafter out; the tokens are the same. `forced_acceptance` replaces the drafter's
-        drafts by the model's own next tokens for that many slots a round (a list is cycled through) and by wrong ones
-        after, while the drafter still runs: for tests, and for benchmarks that say so. It decodes plainly first.
+        `speculate=False` leaves the drafter out, `tree=False` verifies chains in spite of a `tree_budget`; the tokens
+        are the same. `forced_acceptance` replaces the drafter's drafts by the model's own next tokens for that many
+        slots a round (a list is cycled through) and by wrong ones after, while the drafter still runs: for tests, and
+        for benchmarks that say so. It decodes plainly first.
         """
         sampling = self._resolved(sampling or SamplingConfig())
         self._check(prompt_ids, sampling)
+        drafter = self.drafter if speculate else None
+        budget = self.cfg.tree_budget if drafter and tree else 0
         forced = None
         if forced_acceptance is not None:
             lengths = [forced_acceptance] if isinstance(forced_acceptance, int) else list(forced_acceptance)
-            truth = self.generate(prompt_ids, sampling, speculate=False).tokens
-            forced = forced_drafts(truth, len(prompt_ids), lengths, self.block, self.target.geometry.vocab_size)
-        drafter = self.drafter if speculate else None
+            forced = self._forced(prompt_ids, sampling, lengths, budget)
+        tree_taps = torch.empty(0)
 
-        def propose(anchor: int, start: int) -> list[int]:
-            drafts = self._draft(drafter, anchor, start, sampling) if drafter else []
+        def propose(anchor: int, start: int) -> Tree:
+            drafts = self._draft(drafter, anchor, start, sampling, budget) if drafter else chain_tree([])
             return forced(anchor, start) if forced else drafts
 
-        def verify(rows: list[int], start: int) -> torch.Tensor:
-            return self._advance(rows, start, drafter, min_rows=self.min_rows)
+        def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
+            if not budget:
+                return self._advance(rows, start, drafter, min_rows=self.min_rows)
+            nonlocal tree_taps
+            ids, taps = self._tensor(rows), self.drafter.taps if self.drafter else ()
+            logits, tree_taps = target_forward(self.target, self.caches, ids, start, taps=taps, tree=drafts)
+            return logits
+
+        def commit(path: list[int], start: int) -> None:
+            if budget and drafter:
+                keep_rows(self.caches, path, start)
+                draft_context(drafter, self.draft_caches, tree_taps[path], start)
 
         out, began = Generation(), time.perf_counter()
         logits = self._prefill(prompt_ids, drafter)
@@ -111,9 +134,9 @@ class Engine:
         out.prefill_seconds = time.perf_counter() - began
         if on_tokens:
             on_tokens([first])
-        budget = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
+        room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
         began = time.perf_counter()
-        for r in decode(verify, propose, first, len(prompt_ids), budget, sampling):
+        for r in decode(verify, propose, first, len(prompt_ids), room, sampling, commit):
             out.rounds.append(r)
             out.tokens += r.tokens
             out.round_seconds.append(time.perf_counter() - began)
@@ -122,6 +145,13 @@ class Engine:
             began = time.perf_counter()
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out
+
+    def _forced(self, prompt_ids: list[int], sampling: SamplingConfig, lengths: list[int], budget: int) -> Propose:
+        """The model's own next tokens as drafts; with a `budget` about so many nodes, most of them wrong siblings."""
+        truth = self.generate(prompt_ids, sampling, speculate=False).tokens
+        siblings = max(0, budget // (self.block - 1) - 1)
+        vocab_size = self.target.geometry.vocab_size
+        return forced_drafts(truth, len(prompt_ids), lengths, self.block, vocab_size, siblings)
 
     @torch.inference_mode()
     def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:
@@ -141,7 +171,7 @@ class Engine:
             logits = self._advance(chunk, start, drafter, logits_from=len(chunk) - 1)
         return logits
 
-    def _advance(self, rows: list[int], start: int, drafter: Drafter | None, **kw: int) -> torch.Tensor:
+    def _advance(self, rows: list[int], start: int, drafter: Drafter | None, **kw: Any) -> torch.Tensor:
         """Target logits of `rows`; the drafter's context gets all of them, acceptance decides later how many count."""
         taps_of = drafter.taps if drafter else ()
         logits, taps = target_forward(self.target, self.caches, self._tensor(rows), start, taps=taps_of, **kw)
@@ -149,10 +179,15 @@ class Engine:
             draft_context(drafter, self.draft_caches, taps, start)
         return logits
 
-    def _draft(self, drafter: Drafter, anchor: int, start: int, sampling: SamplingConfig) -> list[int]:
-        logits = draft_forward(self.target, drafter, self.draft_caches, self._tensor([anchor]), start)
-        positions = torch.arange(start + 1, start + self.block, device=self.device)
-        return choose(logits, positions, sampling).tolist()
+    def _draft(self, drafter: Drafter, anchor: int, start: int, sampling: SamplingConfig, budget: int) -> Tree:
+        """The drafts after `anchor`: a tree of `budget` nodes, or with budget 0 the chain of the best tokens."""
+        ids = self._tensor([anchor])
+        hidden, logits = draft_forward(self.target, drafter, self.draft_caches, ids, start)
+        if not budget and drafter.selector is None:
+            positions = torch.arange(start + 1, start + self.block, device=self.device)
+            return chain_tree(choose(logits, positions, sampling).tolist())
+        candidates = draft_candidates(drafter.selector, hidden, logits, ids[0], start, sampling).cpu()
+        return grow_tree(candidates, budget) if budget else chain_tree(greedy_chain(candidates).tolist())
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self.device)

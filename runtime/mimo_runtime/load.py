@@ -16,6 +16,7 @@ import torch
 from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
+from mimo_qat.models.draft_tree import TOP_K
 
 
 @dataclass(frozen=True)
@@ -44,26 +45,48 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up[e]` [2I, H], `down[e]` [H, I]."""
+    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up` [E, 2I, H], `down` [E, H, I]."""
 
     router: torch.Tensor
     bias: torch.Tensor
     top_k: int
     normalise: bool
     scaling: float
-    gate_up: tuple[torch.Tensor, ...]
-    down: tuple[torch.Tensor, ...]
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The DFlash2 convolutions before and after a sublayer: `base` [2, 2, H] (before or after; own or previous row)
+    and the projection [2 * 2 * groups, H] that corrects them a row, one value for each group of channels."""
+
+    base: torch.Tensor
+    projection: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The DFlash2 selector over the `top_k` candidates of a slot: codebooks of predecessors and successors, both
+    [vocabulary, r], and the projection [r, H] of the slot's hidden row."""
+
+    top_k: int
+    before: torch.Tensor
+    after: torch.Tensor
+    projection: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A pre-norm decoder layer, of the target or of the drafter."""
+    """A pre-norm decoder layer, of the target or of the drafter; only a drafter's has convolutions."""
 
     input_norm: torch.Tensor
     attention: Attention
     post_norm: torch.Tensor
     mlp: Mlp | Moe
     eps: float
+    attention_conv: Conv | None = None
+    mlp_conv: Conv | None = None
 
     def weights(self) -> list[torch.Tensor]:
         """The matrices, that is all but a few kilobytes."""
@@ -100,6 +123,7 @@ class Drafter:
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     mask_embedding: torch.Tensor
+    selector: Selector | None = None
 
 
 class Progress:
@@ -188,8 +212,8 @@ def _target_layer(checkpoint: Checkpoint, g: Geometry, i: int, cfg: LoadConfig) 
             top_k=g.num_experts_per_tok,
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
-            gate_up=gate_up.to(cfg.device).unbind(),
-            down=down.to(cfg.device).unbind(),
+            gate_up=gate_up.to(cfg.device),
+            down=down.to(cfg.device),
         )
     else:
         mlp = Mlp(torch.cat((weight("mlp.gate_proj"), weight("mlp.up_proj"))), weight("mlp.down_proj"))
@@ -219,7 +243,28 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
         layers=tuple(_draft_layer(weights, d, f"layers.{i}.") for i in range(d.num_hidden_layers)),
         norm=weights["norm"],
         mask_embedding=mask_embedding.to(cfg.device, cfg.dtype),
+        selector=_selector(weights, config),
     )
+
+
+def _selector(weights: dict[str, torch.Tensor], config: dict) -> Selector | None:
+    """The reader has proved that the tensors are there if and only if the configuration asks for them."""
+    at = "candidate_selector."
+    if at + "predecessor_codebook" not in weights:
+        return None
+    inner = config.get("dflash_config") or {}
+    return Selector(
+        top_k=inner.get("selector_top_k") or config.get("selector_top_k") or TOP_K,
+        before=weights[at + "predecessor_codebook"],
+        after=weights[at + "successor_codebook"],
+        projection=weights[at + "hidden_projection"],
+    )
+
+
+def _conv(weights: dict[str, torch.Tensor], at: str) -> Conv | None:
+    if at + "base_kernel" not in weights:
+        return None
+    return Conv(weights[at + "base_kernel"], weights[at + "kernel_projection"])
 
 
 def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str) -> Layer:
@@ -247,7 +292,8 @@ def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str) ->
     )
     mlp = Mlp(torch.cat((weights[at + "mlp.gate_proj"], weights[at + "mlp.up_proj"])), weights[at + "mlp.down_proj"])
     norms = weights[at + "input_layernorm"], weights[at + "post_attention_layernorm"]
-    return Layer(norms[0], attention, norms[1], mlp, d.rms_norm_eps)
+    convs = _conv(weights, at + "attention_conv."), _conv(weights, at + "mlp_conv.")
+    return Layer(norms[0], attention, norms[1], mlp, d.rms_norm_eps, *convs)
 
 
 def _check_pair(d: DraftGeometry, g: Geometry) -> None:

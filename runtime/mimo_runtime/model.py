@@ -7,15 +7,19 @@ Letters: T rows, H hidden size, N query heads, G key-value heads, K query/key he
 E experts, I expert intermediate size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, RingCache, visible
-from mimo_runtime.load import Attention, Drafter, Layer, Mlp, Moe, Target
+from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, Target
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
+
+MANY_ROWS = 128  # up to here all experts in one product beat a loop over those in use, on a GPU
 
 
 def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -51,10 +55,25 @@ def route(moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weights * moe.scaling, chosen
 
 
+def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tensor:
+    """All experts on all rows x [T, H], weighted by combine [T, E] and summed in float32: two matrix products.
+
+    Nothing here depends on the routing's values, so the host never waits for the device.
+    """
+    gate, up = torch.matmul(x, moe.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, T, I] each
+    out = torch.bmm(F.silu(gate) * up, moe.down.transpose(1, 2))
+    return (out.float() * combine.t()[..., None]).sum(0)
+
+
 def moe_mlp(moe: Moe, x: torch.Tensor) -> torch.Tensor:
-    """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else."""
+    """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
+
+    A GPU computes every expert where few rows would touch most of them anyway: a launch costs more than their bytes.
+    """
     weights, chosen = route(moe, x)
     combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+    if x.is_cuda and len(x) <= MANY_ROWS and len(moe.gate_up) <= 4 * chosen.numel():
+        return every_expert(moe, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in sorted({e for row in chosen.tolist() for e in row}):
         weight = combine[:, e, None]
@@ -84,11 +103,20 @@ def attend(q, keys, values, mask, scale: float, sink: torch.Tensor | None) -> to
 
 
 class Rows:
-    """The rows of one call: where they are, and what all layers of one kind share (rotations and masks)."""
+    """The rows of one call: where they are, and what all layers of one kind share (rotations and masks).
 
-    def __init__(self, start: int, count: int, padded: int, device: torch.device, dtype: torch.dtype):
-        self.start, self.count, self.dtype = start, count, dtype
-        self.positions = torch.arange(start, start + padded, device=device).clamp_(max=start + count - 1)
+    Row i stands at position start + i, or at start + depths[i] where the rows are a tree; it is stored at start + i.
+    """
+
+    def __init__(self, start: int, padded: int, like: torch.Tensor, tree: Tree | None = None, count: int | None = None):
+        """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype."""
+        self.start, self.count, self.dtype = start, padded if count is None else count, like.dtype
+        place = torch.arange(padded, device=like.device).clamp_(max=self.count - 1)
+        self.depths, self.ancestors = place, None
+        if tree is not None:
+            self.depths = torch.tensor([0, *tree.depths], device=like.device)[place]
+            self.ancestors = tree.visible().to(like.device)[place]
+        self.positions = start + self.depths
         self._memo: dict = {}
 
     def rotation(self, theta: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +131,13 @@ class Rows:
         """What these rows see of the keys that `cache.extend` returned for them."""
         if cache.window not in self._memo:
             keys = cache.extended(self.start, self.count)
-            self._memo[cache.window] = visible(self.positions, keys, cache.window)
+            if self.ancestors is None:
+                mask = visible(self.positions, keys, cache.window)
+            else:
+                new, row = keys >= self.start, (keys - self.start).clamp(0, self.count - 1)
+                mask = visible(self.positions, torch.where(new, self.positions[row], keys), cache.window)
+                mask = mask.masked_fill_(new & ~self.ancestors[:, row], float("-inf"))
+            self._memo[cache.window] = mask
         return self._memo[cache.window]
 
 
@@ -152,19 +186,20 @@ def target_forward(
     taps: Sequence[int] = (),
     logits_from: int = 0,
     min_rows: int = 1,
+    tree: Tree | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """tokens [T] at positions start.. -> logits [T - logits_from, vocabulary] float32 and taps [T, len(taps)*H].
 
     A tap i is the residual stream after layer i, before the final norm. Fewer than `min_rows` rows are computed as
     `min_rows`, by repeating the last one (same experts, same bytes), so that a token's bits do not depend on how many
-    neighbours it is computed with.
+    neighbours it is computed with. With a `tree`, row 0 is its anchor and row i its node i: each sees its ancestors.
     """
     count = len(tokens)
     padded = max(count, min_rows)
     if padded > count:
         tokens = torch.cat((tokens, tokens[-1:].expand(padded - count)))
     x = target.embed[tokens]
-    rows = Rows(start, count, padded, x.device, x.dtype)
+    rows = Rows(start, padded, x, tree, count)
     tapped = {}
     for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
         x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows)
@@ -182,31 +217,60 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
     Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
     """
     context = rms_norm(linear(taps, drafter.fc), drafter.hidden_norm, drafter.eps)
-    rows = Rows(start, len(taps), len(taps), taps.device, taps.dtype)
+    rows = Rows(start, len(taps), taps)
     for layer, cache in zip(drafter.layers, caches, strict=True):
         _, k, v = project(layer.attention, context, rows, queries=False)
         cache.write(k, v, start)
 
 
+def keep_rows(caches: Sequence[RingCache], path: Sequence[int], start: int) -> None:
+    """After a tree at `start` was verified: its rows `path` (from the anchor down) become positions start.. ."""
+    if list(path) != list(range(len(path))):  # else they are in place
+        rows = torch.tensor(path, device=caches[0].k.device)
+        for cache in caches:
+            cache.keep(rows, start)
+
+
+def block_conv(x: torch.Tensor, base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Two taps over the rows of a block x [B, H], zero before the first: own row, then the row before.
+
+    base [2, H]; change [B, 2, groups] is added to it, each value for H / groups neighbouring channels. The terms are
+    added in the order of the DFlash2 contract, in x's dtype.
+    """
+    before = F.pad(x[:-1], (0, 0, 1, 0))
+    own, last = change.repeat_interleave(x.shape[-1] // change.shape[-1], dim=-1).unbind(1)
+    return base[0] * x + base[1] * before + own * x + last * before
+
+
+def convolved(conv: Conv | None, x: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`sublayer` of the normed rows x [B, H] between its two convolutions, which one projection of x corrects."""
+    if conv is None:
+        return sublayer(x)
+    before, after = linear(x, conv.projection).unflatten(-1, (2, 2, -1)).unbind(1)
+    return block_conv(sublayer(block_conv(x, conv.base[0], before)), conv.base[1], after)
+
+
 def draft_forward(target: Target, drafter: Drafter, caches: Sequence[RingCache], anchor: torch.Tensor, start: int):
-    """Logits [B-1, vocabulary] float32 of the B-1 tokens after `anchor` [1], which stands at position `start`.
+    """(hidden rows [B-1, H], logits [B-1, vocabulary] float32) of the B-1 tokens after `anchor` [1] at `start`.
 
     The block is [anchor, MASK x (B-1)]; it sees the committed context (positions < start, inside the window that each
     query counts from itself) and itself. Its own keys live in the scratch slots of the caches, for this call.
     """
     block = caches[0].scratch
     x = torch.cat((target.embed[anchor], drafter.mask_embedding.expand(block - 1, -1)))
-    rows = Rows(start, block, block, x.device, x.dtype)
+    rows = Rows(start, block, x)
     mask = visible(rows.positions, caches[0].positions(start), caches[0].window, end=start)
     own = torch.zeros(block, block, device=x.device)
     if drafter.causal:
         own = own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu_(1), float("-inf"))
     mask = torch.cat((own, mask), dim=-1)
     for layer, cache in zip(drafter.layers, caches, strict=True):
-        x = x + draft_attention(layer, cache, rms_norm(x, layer.input_norm, layer.eps), rows, mask)
-        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps))
-    logits = linear(rms_norm(x, drafter.norm, drafter.eps), target.head)[1:].float()
-    return logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
+        attend_block = partial(draft_attention, layer, cache, rows=rows, mask=mask)
+        x = x + convolved(layer.attention_conv, rms_norm(x, layer.input_norm, layer.eps), attend_block)
+        x = x + convolved(layer.mlp_conv, rms_norm(x, layer.post_norm, layer.eps), partial(mlp, layer.mlp))
+    hidden = rms_norm(x, drafter.norm, drafter.eps)
+    logits = linear(hidden, target.head)[1:].float()
+    return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
 
 
 def draft_attention(layer: Layer, cache: RingCache, x: torch.Tensor, rows: Rows, mask: torch.Tensor) -> torch.Tensor:

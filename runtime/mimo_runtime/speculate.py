@@ -12,8 +12,18 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from mimo_qat.models.draft_tree import (
+    Candidates,
+    Tree,
+    chain_tree,
+    marginal_candidates,
+    top_candidates,
+    transition_scores,
+)
 from mimo_runtime.config import SamplingConfig
+from mimo_runtime.load import Selector
 
 _MASK64 = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # the increment and the finaliser of splitmix64 (Steele, Lea, Flood 2014)
@@ -44,10 +54,10 @@ def gumbel_noise(seed: int, positions: torch.Tensor, ids: torch.Tensor) -> torch
     return -torch.log(-torch.log1p(-u))
 
 
-def choose(logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """The token [R] for each row of logits [R, n], row r standing at position positions[r]."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
+def scored(
+    logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [R, m], token ids [R or 1, m]) above temperature 0: the highest score is the choice at a position."""
     values = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         values, ids = values.topk(sampling.top_k, dim=-1)
@@ -58,13 +68,47 @@ def choose(logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConf
     if sampling.top_p < 1:  # a token stays if those before it do not reach top_p yet
         p = values.softmax(-1)
         values = values.masked_fill(p.cumsum(-1) - p >= sampling.top_p, float("-inf"))
-    best = (values + gumbel_noise(sampling.seed, positions, ids)).argmax(-1, keepdim=True)
-    return ids.expand(values.shape).gather(1, best)[:, 0]
+    return values + gumbel_noise(sampling.seed, positions, ids), ids
+
+
+def choose(logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """The token [R] for each row of logits [R, n], row r standing at position positions[r]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    values, ids = scored(logits, positions, sampling)
+    return ids.expand(values.shape).gather(1, values.argmax(-1, keepdim=True))[:, 0]
+
+
+def draft_candidates(
+    selector: Selector | None,
+    hidden: torch.Tensor,
+    logits: torch.Tensor,
+    anchor: torch.Tensor,
+    start: int,
+    sampling: SamplingConfig,
+) -> Candidates:
+    """Candidates of the slots after `anchor` [] at position `start`, from hidden [D, H] and logits [D, V].
+
+    Above temperature 0 the scores are perturbed logits, U + T * noise, with the noise that the target's choice will
+    have there: the best candidate is what `choose` takes. They are in units of logits at every T, because what is
+    uncertain about the choice, once its noise is known, is how far the target's logits are from the drafter's.
+    """
+    scores, ids = logits, None
+    if sampling.temperature > 0:
+        positions = torch.arange(start + 1, start + 1 + len(logits), device=logits.device)
+        scores, ids = scored(logits, positions, sampling)
+        scores = scores * sampling.temperature
+    if selector is None:
+        return marginal_candidates(scores, ids=ids)
+    ids, unary = top_candidates(scores, selector.top_k, ids)
+    gate = F.linear(hidden, selector.projection)
+    pairs = transition_scores(unary, ids, gate, anchor, (selector.before, selector.after))
+    return Candidates(ids, pairs.log_softmax(-1))
 
 
 class Round(NamedTuple):
-    """One verification: the tokens it commits, of `drafted` drafts the number accepted, and whether it was cut short
-    by a stop token or by the budget (a cut round says nothing about acceptance)."""
+    """One verification: the tokens it commits, of `drafted` drafts (all nodes of a tree) the number accepted, and
+    whether it was cut short by a stop token or by the budget (a cut round says nothing about acceptance)."""
 
     tokens: list[int]
     drafted: int
@@ -72,44 +116,65 @@ class Round(NamedTuple):
     cut: bool
 
 
-Propose = Callable[[int, int], list[int]]  # (anchor, its position) -> the drafts that follow it, possibly none
-Verify = Callable[[list[int], int], torch.Tensor]  # (rows, position of the first) -> logits [rows, vocabulary]
+Propose = Callable[[int, int], Tree]  # (anchor, its position) -> the drafts that follow it, possibly none
+Verify = Callable[[list[int], Tree, int], torch.Tensor]  # (tokens of the rows, tree, anchor's position) -> their logits
+Commit = Callable[[list[int], int], None]  # (rows of the true path, anchor's position)
 
 
 def decode(
-    verify: Verify, propose: Propose, anchor: int, start: int, budget: int, sampling: SamplingConfig
+    verify: Verify,
+    propose: Propose,
+    anchor: int,
+    start: int,
+    budget: int,
+    sampling: SamplingConfig,
+    commit: Commit = lambda path, start: None,
 ) -> Iterator[Round]:
     """Yields rounds until a stop token or `budget` tokens; `anchor` is the last committed token, at position `start`.
 
-    A round verifies [anchor, drafts...] in one target call. Row i gives the target's own token at position
-    start + i + 1; drafts count while they equal it, and the first that differs is replaced by it.
+    A round verifies [anchor, drafts...] in one target call. A row at depth d gives the target's own token at position
+    start + d + 1 after the row's prefix; the walk goes down while a child is that token, and the first that no child
+    is ends it. All nodes of a depth share one position, hence one noise: the text is that of plain decoding.
     """
     stopped = False
     while budget > 0 and not stopped:
-        drafts = propose(anchor, start)
-        logits = verify([anchor, *drafts], start)
-        positions = torch.arange(start + 1, start + 1 + len(logits), device=logits.device)
+        tree = propose(anchor, start)
+        logits = verify([anchor, *tree.tokens], tree, start)
+        positions = torch.tensor([start + 1 + depth for depth in (0, *tree.depths)], device=logits.device)
         own = choose(logits, positions, sampling).tolist()
-        accepted = next((i for i, (d, t) in enumerate(zip(drafts, own, strict=False)) if d != t), len(drafts))
-        tokens = own[: accepted + 1]
+        path = tree.walk(own)
+        commit(path, start)
+        tokens = [own[row] for row in path]
         stop = next((i for i, t in enumerate(tokens) if t in sampling.stop_token_ids), budget)
         kept = tokens[: min(stop + 1, budget)]
-        yield Round(kept, len(drafts), accepted, len(kept) < len(tokens))
+        yield Round(kept, len(tree), len(path) - 1, len(kept) < len(tokens))
         start, budget, anchor, stopped = start + len(kept), budget - len(kept), kept[-1], stop < len(kept)
 
 
-def forced_drafts(truth: list[int], first: int, lengths: list[int], block: int, vocab_size: int) -> Propose:
+def forced_drafts(
+    truth: list[int], first: int, lengths: list[int], block: int, vocab_size: int, siblings: int = 0
+) -> Propose:
     """A proposer whose round r has exactly min(lengths[r % len], block - 1) accepted drafts, for tests and labelled
     benchmarks: the target's own tokens `truth` (the token at position `first` + i is truth[i]), then wrong ones.
+
+    With `siblings`, each draft comes after so many wrong ones of the same parent: the true path is no prefix of the
+    rows then.
     """
     if not lengths or min(lengths) < 0:
         raise ValueError(f"forced_acceptance is {lengths}; give numbers of accepted drafts, 0 to {block - 1}")
     rounds = count()
 
-    def propose(anchor: int, start: int) -> list[int]:
+    def propose(anchor: int, start: int) -> Tree:
         accept = lengths[next(rounds) % len(lengths)]
         ahead = truth[start + 1 - first :][: block - 1]
         ahead += [anchor] * (block - 1 - len(ahead))
-        return [t if i < accept else (t + 1) % vocab_size for i, t in enumerate(ahead)]
+        tree, parent = chain_tree([]), 0
+        for depth, token in enumerate(ahead, 1):
+            right = token if depth <= accept else (token + 1) % vocab_size
+            tree.tokens.extend([(token + 2 + i) % vocab_size for i in range(siblings)] + [right])
+            tree.parents.extend([parent] * (siblings + 1))
+            tree.depths.extend([depth] * (siblings + 1))
+            parent = len(tree)
+        return tree
 
     return propose

@@ -235,7 +235,7 @@ class Oracle:
     """Stands in for a drafter: right in the first `hits` slots of a round, wrong after; `hits` cycles."""
 
     def __init__(self, drafter, model, text, hits):
-        self.config, self.text, self.hits = drafter.config, text, hits
+        self.config, self.text, self.hits, self.draft_tokens = drafter.config, text, hits, drafter.draft_tokens
         self.rows, self.committed, self.rounds = model.lm_head.weight, 0, 0
 
     def __call__(self, noise_embeds, context, past_key_values):

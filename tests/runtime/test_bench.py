@@ -140,7 +140,24 @@ def test_bench_command(with_tokenizer, capsys):
     assert doc["conditions"]["settings"]["max_new_tokens"] == 24 and doc["conditions"]["versions"]["torch"]
     assert main(["bench", str(release), *flags, "--forced_acceptance=5"]) == 0
     doc = last_line(capsys)
-    assert doc["acceptance"]["length"] == 6.0 and doc["forced_acceptance"] == 5
+    assert doc["acceptance"]["length"] == 6.0 and doc["forced_acceptance"] == 5 and "tree" not in doc
+
+
+@pytest.mark.parametrize("forced", [None, 3])
+def test_bench_of_trees_beside_chains(with_tokenizer, capsys, tmp_path, forced):
+    release, _ = with_tokenizer
+    flags = ["--limit=2", "--max_new_tokens=24", "--dtype=float32", "--device=cpu", "--max_len=512"]
+    flags += ["--tree_budget=21", f"--output={tmp_path / 'out.json'}"]
+    flags += [f"--forced_acceptance={forced}"] if forced else []
+    assert main(["bench", str(release), *flags]) == 0
+    doc = last_line(capsys)
+    assert doc["identical"] is True and doc["tree"]["acceptance"]["cap"] == 8
+    assert doc["tree"]["speedup"] == pytest.approx(doc["tree"]["tokens_per_second"] / doc["plain_tokens_per_second"])
+    if forced:
+        assert doc["acceptance"]["length"] == doc["tree"]["acceptance"]["length"] == 4.0
+    names = {r["name"]: r for r in read_results([str(tmp_path / "out.json")])}
+    assert names["tree_acceptance_length"]["value"] == doc["tree"]["acceptance"]["length"]
+    assert names["tree_tokens_per_s"]["conditions"]["tree_budget"] == 21
 
 
 def test_drafts_stay_below_the_tokenizer(with_tokenizer):
@@ -189,7 +206,7 @@ def test_lossless_writes_records(with_tokenizer, capsys, tmp_path, monkeypatch):
     assert [r["name"] for r in found] == [r["name"] for r in published]
     for ours, theirs in zip(found, published, strict=True):
         assert ours.keys() == theirs.keys() and ours["conditions"].keys() == theirs["conditions"].keys()
-        assert ours["conditions"]["settings"].keys() == theirs["conditions"]["settings"].keys()
+        assert ours["conditions"]["settings"].keys() >= theirs["conditions"]["settings"].keys()
         assert ours["value"] == 2 and ours["unit"] == "of 2 prompts"
         assert ours["command"].startswith(f"python scripts/lossless.py {release}")
     assert found[2]["conditions"]["acceptance_length"] == printed["ways"]["forced 0 to B-1"]["acceptance_length"]

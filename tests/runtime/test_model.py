@@ -9,7 +9,16 @@ from mimo_qat.checkpoint.reader import load_model, read_drafter
 from mimo_runtime.cache import LinearCache, RingCache, visible
 from mimo_runtime.engine import Engine, EngineConfig
 from mimo_runtime.load import LoadConfig, load_drafter, load_target
-from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
+from mimo_runtime.model import (
+    draft_context,
+    draft_forward,
+    every_expert,
+    moe_mlp,
+    new_caches,
+    new_draft_caches,
+    route,
+    target_forward,
+)
 
 FP32 = LoadConfig("cpu", torch.float32)
 
@@ -123,7 +132,7 @@ def test_drafts_equal_the_transformers_drafter(tmp_path, tiny_config, reference,
     draft_context(drafter, draft_caches, taps[:40], 0)
     draft_context(drafter, draft_caches, torch.cat((taps[40:43], torch.randn(5, taps.shape[1]))), 40)
     draft_context(drafter, draft_caches, torch.cat((taps[43:50], torch.randn(1, taps.shape[1]))), 43)
-    got = draft_forward(target, drafter, draft_caches, ids[50:51], 50)
+    _, got = draft_forward(target, drafter, draft_caches, ids[50:51], 50)
 
     oracle = DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
     noise = oracle.block_rows(target.embed[ids[50]][None, None])
@@ -131,6 +140,16 @@ def test_drafts_equal_the_transformers_drafter(tmp_path, tiny_config, reference,
         hidden = oracle(noise, taps[None, :50], torch.arange(58)[None]).last_hidden_state[0]
     torch.testing.assert_close(got, (hidden @ target.head.T)[1:], rtol=1e-3, atol=1e-3)
     assert read_drafter(folder)[0]["block_size"] == 8
+
+
+def test_all_experts_at_once_equal_the_loop(reference):
+    """The form that GPUs take, here on the CPU: rows of other experts have weight zero."""
+    moe = load_target(reference, FP32).layers[1].mlp
+    x = torch.randn(9, 96, generator=torch.Generator().manual_seed(0))
+    weights, chosen = route(moe, x)
+    combine = torch.zeros(9, 8).scatter_(1, chosen, weights)
+    torch.testing.assert_close(every_expert(moe, x, combine), moe_mlp(moe, x), rtol=1e-4, atol=1e-5)
+    assert (combine > 0).sum(1).tolist() == [2] * 9
 
 
 def test_visible_keys_by_hand():

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from mimo_qat.models.draft_tree import Tree, chain_tree
 from mimo_runtime.engine import Engine, EngineConfig
 from mimo_runtime.speculate import SamplingConfig, choose, decode, forced_drafts, gumbel_noise
 
@@ -174,15 +175,15 @@ def test_two_tokens_have_the_exact_joint_distribution(extra, drafter):
     for seed in range(runs):
         sampling = SamplingConfig(temperature=1.2, seed=seed, **extra)
 
-        def propose(anchor: int, start: int, sampling=sampling) -> list[int]:
+        def propose(anchor: int, start: int, sampling=sampling) -> Tree:
             drafts: list[int] = []
             for i in range(2 if drafter != "none" else 0):
                 how = sampling if drafter == "shared noise" else SamplingConfig()
                 drafts.append(int(choose(table[[anchor]] * 0.7, torch.tensor([start + 1 + i]), how)[0]))
                 anchor = drafts[-1]
-            return drafts
+            return chain_tree(drafts)
 
-        rounds = list(decode(lambda rows, start: table[rows], propose, 3, 11, 2, sampling))
+        rounds = list(decode(lambda rows, tree, start: table[rows], propose, 3, 11, 2, sampling))
         counts[tuple(t for r in rounds for t in r.tokens)] += 1
         accepted += rounds[0].accepted
     first = filtered(table[3], SamplingConfig(temperature=1.2, **extra))
@@ -206,19 +207,19 @@ def test_two_tokens_have_the_exact_joint_distribution(extra, drafter):
 def test_a_perfect_drafter_is_always_right_at_any_temperature():
     table, sampling = chain(50), SamplingConfig(temperature=1.5, seed=8)
 
-    def propose(anchor: int, start: int) -> list[int]:
+    def propose(anchor: int, start: int) -> Tree:
         drafts = []
         for i in range(7):
             anchor = int(choose(table[[anchor]], torch.tensor([start + 1 + i]), sampling)[0])
             drafts.append(anchor)
-        return drafts
+        return chain_tree(drafts)
 
-    rounds = list(decode(lambda rows, start: table[rows], propose, 3, 11, 80, sampling))
+    rounds = list(decode(lambda rows, tree, start: table[rows], propose, 3, 11, 80, sampling))
     assert [r.accepted for r in rounds] == [7] * 10 and not any(r.cut for r in rounds)
 
 
 def test_a_round_that_is_cut_says_so():
-    target = lambda rows, start: torch.eye(40)[[(t + 1) % 40 for t in rows]]  # noqa: E731  counts upwards
+    target = lambda rows, tree, start: torch.eye(40)[[(t + 1) % 40 for t in rows]]  # noqa: E731  counts upwards
     truth = list(range(4, 40))
     rounds = list(decode(target, forced_drafts(truth, 11, [3, 0], 8, 40), 3, 10, 7, SamplingConfig()))
     assert [r.tokens for r in rounds] == [[4, 5, 6, 7], [8], [9, 10]]

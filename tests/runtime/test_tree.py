@@ -1,0 +1,280 @@
+"""Trees and the DFlash2 head in the engine: at any temperature the tokens are those of plain decoding."""
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mimo_qat.models.draft_tree import (
+    Tree,
+    greedy_chain,
+    grow_tree,
+)
+from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.engine import Engine
+from mimo_runtime.load import Conv, LoadConfig, Selector, load_target
+from mimo_runtime.model import block_conv, convolved, draft_forward, keep_rows, new_caches, target_forward
+from mimo_runtime.speculate import choose, decode, draft_candidates, gumbel_noise
+
+PROMPT = [5, 17, 300, 2, 44, 91, 7]
+# At 2 the noise outweighs the logits, so that a random drafter with the same noise is often right.
+SAMPLINGS = {
+    "greedy": {},
+    "temperature": {"temperature": 1.0, "seed": 3},
+    "hot": {"temperature": 2.0, "seed": 4},
+    "top-k": {"temperature": 1.5, "top_k": 30, "seed": 5},
+    "hot top-p": {"temperature": 2.0, "top_p": 0.7, "seed": 6},
+}
+
+
+def some(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def engine_for(folder, tree_budget: int, head: bool = False) -> Engine:
+    """In float32; with `head`, the drafter gets convolutions and a selector that matter."""
+    cfg = EngineConfig(dtype="float32", device="cpu", max_len=160, prefill_chunk=16, tree_budget=tree_budget)
+    engine = Engine(folder, cfg)
+    if head:
+        engine.drafter = with_head(engine.drafter)
+    return engine
+
+
+def with_head(drafter):
+    h, vocab = len(drafter.norm), drafter.vocab_size
+    conv = lambda i: Conv(  # noqa: E731
+        torch.tensor([1.0, 0.2])[:, None].expand(2, 2, h) + 0.1 * some(2, 2, h, seed=i),
+        0.1 * some(4 * h // 16, h, seed=i),
+    )
+    layers = tuple(
+        replace(layer, attention_conv=conv(2 * i), mlp_conv=conv(2 * i + 1)) for i, layer in enumerate(drafter.layers)
+    )
+    selector = Selector(16, some(vocab, 8, seed=50), some(vocab, 8, seed=51), 0.02 * some(8, h, seed=52))
+    return replace(drafter, layers=layers, selector=selector)
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.mark.parametrize("budget", [0, 1, 20])
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_no_token_changes(reference, kind, budget, head):
+    engine = engine_for(reference, budget, head)
+    sampling = SamplingConfig(max_new_tokens=60, **SAMPLINGS[kind])
+    plain = engine.generate(PROMPT, sampling, speculate=False)
+    drafted = engine.generate(PROMPT, sampling)
+    assert drafted.tokens == plain.tokens and len(plain.tokens) == 60
+    assert all(r.drafted == (budget or 7) for r in drafted.rounds)
+    if kind.startswith("hot") and budget != 1:
+        assert len({r.accepted for r in drafted.rounds}) > 2  # the walk goes to several depths
+
+
+@pytest.mark.parametrize("accept", [0, 1, 7, [7, 0, 3, 1, 5]], ids=str)
+@pytest.mark.parametrize("kind", ["greedy", "temperature"])
+def test_forced_trees_are_exact_and_lossless(reference, accept, kind):
+    """Two wrong siblings before every draft: the true path is never a prefix of the rows, past windows of 8 and 24."""
+    engine = engine_for(reference, 21)
+    sampling = SamplingConfig(max_new_tokens=90, **SAMPLINGS[kind])
+    plain = engine.generate(PROMPT, sampling, speculate=False).tokens
+    forced = engine.generate(PROMPT, sampling, forced_acceptance=accept)
+    lengths = accept if isinstance(accept, list) else [accept]
+    assert forced.tokens == plain and all(r.drafted == 21 for r in forced.rounds)
+    full = [r.accepted for r in forced.rounds if not r.cut]
+    assert full == [lengths[i % len(lengths)] for i in range(len(full))]
+
+
+def test_the_tree_accepts_more_than_the_chain(reference):
+    engine, sampling = engine_for(reference, 40), SamplingConfig(max_new_tokens=120, temperature=2.0)
+    chain, tree = (engine.generate(PROMPT, sampling, tree=tree).rounds for tree in (False, True))
+    assert len(tree) < len(chain) and all(r.drafted == 7 for r in chain)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "hot", "hot top-p"])
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_one_child_a_node_decodes_as_the_chain(reference, monkeypatch, kind, head):
+    engine, sampling = engine_for(reference, 7, head), SamplingConfig(max_new_tokens=50, **SAMPLINGS[kind])
+    monkeypatch.setattr("mimo_runtime.engine.grow_tree", lambda c, n: grow_tree(c, n, width=1))
+    tree, chain = (engine.generate(PROMPT, sampling, tree=tree).rounds for tree in (True, False))
+    assert tree == chain
+
+
+def shuffled(tree: Tree, rng: random.Random) -> Tree:
+    """The same tree with its rows in another order that keeps parents before children."""
+    order, ready = [], [i for i, p in enumerate(tree.parents) if p == 0]
+    while ready:
+        node = ready.pop(rng.randrange(len(ready)))
+        order.append(node)
+        ready += [i for i, p in enumerate(tree.parents) if p == node + 1]
+    row = {0: 0} | {node + 1: i + 1 for i, node in enumerate(order)}
+    pick = lambda values: [values[node] for node in order]  # noqa: E731
+    return Tree(pick(tree.tokens), [row[tree.parents[n]] for n in order], pick(tree.depths), pick(tree.log_probs))
+
+
+@pytest.mark.parametrize("kind", ["greedy", "hot"])
+def test_the_order_of_nodes_does_not_matter(reference, monkeypatch, kind):
+    engine, sampling = engine_for(reference, 24), SamplingConfig(max_new_tokens=70, **SAMPLINGS[kind])
+    ordered = engine.generate(PROMPT, sampling).rounds
+    rng = random.Random(0)
+    monkeypatch.setattr("mimo_runtime.engine.grow_tree", lambda c, n: shuffled(grow_tree(c, n), rng))
+    assert engine.generate(PROMPT, sampling).rounds == ordered
+
+
+def random_tree(rng: random.Random, truth: list[int], nodes: int) -> tuple[Tree, list[int]]:
+    """A tree with the path `truth` in it among wrong branches, and the rows of that path."""
+    tree, path, deepest = Tree([], [], [], []), [0], rng.randint(0, len(truth))
+    while len(tree) < nodes or len(path) <= deepest:
+        grow = len(path) <= deepest and rng.random() < 0.4
+        parent = path[-1] if grow else rng.randint(0, len(tree))
+        depth = 1 + (tree.depths[parent - 1] if parent else 0)
+        if depth > 7:
+            continue
+        tree.tokens.append(truth[len(path) - 1] if grow else rng.randrange(512))
+        tree.parents.append(parent)
+        tree.depths.append(depth)
+        if grow:
+            path.append(len(tree))
+    return tree, path
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_tree_and_what_it_leaves_equal_a_prefill(reference, seed):
+    """Random trees, of which a random true path is committed, past several turns of the rings of window 8."""
+    rng = random.Random(seed)
+    ids = torch.randint(0, 512, (130,), generator=torch.Generator().manual_seed(seed)).tolist()
+    target = load_target(reference, LoadConfig("cpu", torch.float32))
+    taps = (0, 2, 3)
+    expected, tapped = target_forward(target, new_caches(target, 160, 8), torch.tensor(ids), 0, taps=taps)
+    caches = new_caches(target, 160, block=25)
+    start = rng.randint(1, 30)
+    target_forward(target, caches, torch.tensor(ids[:start]), 0)
+    moved = 0
+    while start + 8 < len(ids):
+        tree, path = random_tree(rng, ids[start + 1 : start + 8], rng.randint(1, 17))
+        rows = torch.tensor([ids[start], *tree.tokens])
+        logits, got = target_forward(target, caches, rows, start, taps=taps, tree=tree, min_rows=rng.choice((1, 25)))
+        true = slice(start, start + len(path))
+        torch.testing.assert_close(logits[path], expected[true], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[path], tapped[true], rtol=1e-4, atol=1e-4)
+        keep_rows(caches, path, start)
+        moved += path != list(range(len(path)))
+        start += len(path)
+    assert moved > 3
+
+
+# --- distributions, without a model ---------------------------------------------------------------------------------
+
+
+def proposer(kind: str, table: torch.Tensor, sampling: SamplingConfig):
+    """Trees of 5 nodes (a chain of 2 for "chain") from a poor drafter: the right marginals for the first slot only."""
+    vocab = len(table)
+    selector = Selector(6, some(vocab, 3, seed=1), some(vocab, 3, seed=2), some(3, vocab, seed=3))
+
+    def propose(anchor: int, start: int) -> Tree:
+        logits = 2 * torch.stack((0.7 * table[anchor], table.mean(0)))
+        how = SamplingConfig() if kind == "greedy tree" else sampling
+        candidates = draft_candidates(
+            selector if "selector" in kind else None, logits, logits, torch.tensor(anchor), start, how
+        )
+        return grow_tree(candidates, 2, width=1) if kind == "chain of the selector" else grow_tree(candidates, 5)
+
+    return propose
+
+
+@pytest.mark.parametrize("kind", ["tree", "greedy tree", "tree of the selector", "chain of the selector"])
+def test_two_tokens_have_the_exact_joint_distribution(kind):
+    """Chi-square over the pairs that two tokens after the anchor form, 3000 seeds, against exact probabilities."""
+    table, runs, temperature = some(8, 8, seed=7), 3000, 1.2
+    counts: Counter = Counter()
+    depths: Counter = Counter()
+    for seed in range(runs):
+        sampling = SamplingConfig(temperature=temperature, seed=seed)
+        propose = proposer(kind, table, sampling)
+        rounds = list(decode(lambda rows, tree, start: table[rows], propose, 3, 11, 2, sampling))
+        counts[tuple(t for r in rounds for t in r.tokens)] += 1
+        depths[rounds[0].accepted] += 1
+    p = (table / temperature).softmax(-1)
+    expected = runs * p[3][:, None] * p
+    observed = torch.tensor([[counts[a, b] for b in range(8)] for a in range(8)])
+    large = expected >= 5
+    chi = float(((observed - expected) ** 2 / expected)[large].sum())
+    rest = expected[~large].sum()
+    chi += float((observed[~large].sum() - rest) ** 2 / rest)
+    cells = int(large.sum()) + 1
+    assert chi < cells - 1 + 3.5 * math.sqrt(2 * (cells - 1)), f"chi-square {chi:.1f} with {cells} cells"
+    assert depths[2] > 30 and max(depths.values()) < runs - 300  # several ways through the walk were taken
+
+
+# --- the DFlash2 head -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+def test_candidates_without_a_selector_begin_with_the_choice(kind):
+    """The chain of the candidates is what `choose` takes, with filters and noise."""
+    sampling, logits = SamplingConfig(**SAMPLINGS[kind]), 4 * some(9, 300)
+    candidates = draft_candidates(None, logits, logits, torch.tensor(1), 40, sampling)
+    assert torch.equal(greedy_chain(candidates), choose(logits, torch.arange(41, 50), sampling))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_selector_walks_as_its_formula_says(temperature):
+    """One slot and one candidate at a time, in plain Python."""
+    logits, hidden, start = some(5, 40), some(5, 12, seed=1), 30
+    selector = Selector(6, some(40, 3, seed=2), some(40, 3, seed=3), some(3, 12, seed=4))
+    sampling = SamplingConfig(temperature=temperature, seed=9)
+    candidates = draft_candidates(selector, hidden, logits, torch.tensor(17), start, sampling)
+    before, chain = 17, []
+    for d in range(5):
+        noise = gumbel_noise(9, torch.tensor([start + 1 + d]), torch.arange(40)[None])[0]
+        perturbed = (logits[d] + temperature * noise).tolist()
+        gate = [float(selector.projection[j] @ hidden[d]) for j in range(3)]
+        scores = {}
+        for b in sorted(range(40), key=lambda i: -perturbed[i])[:6]:
+            pair = sum(float(selector.before[before, j]) * gate[j] * float(selector.after[b, j]) for j in range(3))
+            scores[b] = perturbed[b] + pair
+        before = max(scores, key=scores.__getitem__)
+        chain.append(before)
+    assert greedy_chain(candidates).tolist() == chain != logits.argmax(-1).tolist()
+
+
+def test_convolutions_by_hand():
+    """Every output channel and row as the sum of its four terms; the identity passes bits through."""
+    h, rows, group = 32, 5, 16
+    conv, x = Conv(some(2, 2, h), 0.3 * some(4 * h // group, h, seed=1)), some(rows, h, seed=2)
+    double = lambda y: 2 * y + 1  # noqa: E731  the sublayer
+    change = (x @ conv.projection.T).view(rows, 2, 2, h // group)
+
+    def naive(z: torch.Tensor, p: int) -> torch.Tensor:
+        out = torch.zeros_like(z)
+        for t in range(rows):
+            for c in range(h):
+                out[t, c] = (conv.base[p, 0, c] + change[t, p, 0, c // group]) * z[t, c]
+                if t:
+                    out[t, c] += (conv.base[p, 1, c] + change[t, p, 1, c // group]) * z[t - 1, c]
+        return out
+
+    torch.testing.assert_close(convolved(conv, x, double), naive(double(naive(x, 0)), 1), rtol=1e-4, atol=1e-4)
+    identity = torch.tensor([1.0, 0.0])[:, None].expand(2, h)
+    assert torch.equal(block_conv(x, identity, torch.zeros(rows, 2, 2)), x)
+
+
+def test_a_head_that_says_nothing_changes_no_draft(reference):
+    engine = engine_for(reference, 0)
+    plain, h = engine.drafter, len(engine.drafter.norm)
+    conv = Conv(torch.tensor([1.0, 0.0])[:, None].expand(2, 2, h), torch.zeros(4 * h // 16, h))
+    layers = tuple(replace(layer, attention_conv=conv, mlp_conv=conv) for layer in plain.layers)
+    selector = Selector(16, some(plain.vocab_size, 4), torch.zeros(plain.vocab_size, 4), some(4, h))
+    engine.generate(PROMPT, SamplingConfig(max_new_tokens=9))
+    anchor = torch.tensor([33])
+    hidden, logits = draft_forward(engine.target, plain, engine.draft_caches, anchor, 12)
+    silent = replace(plain, layers=layers, selector=selector)
+    same = draft_forward(engine.target, silent, engine.draft_caches, anchor, 12)
+    assert torch.equal(same[0], hidden) and torch.equal(same[1], logits)
+    candidates = draft_candidates(selector, hidden, logits, anchor[0], 12, SamplingConfig())
+    assert torch.equal(greedy_chain(candidates), logits.argmax(-1))
+
+
+def test_a_tree_needs_a_drafter(reference):
+    for bad in ({"tree_budget": 5, "drafter": None}, {"tree_budget": -1}):
+        with pytest.raises(ValueError, match="tree_budget is"):
+            Engine(reference, EngineConfig(device="cpu", max_len=64, **bad))
