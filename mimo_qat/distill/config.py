@@ -107,7 +107,7 @@ class DistillConfig:
     """keep the target's states of every row in memory after its first use: rows x max_length x (taps, and one more for
     tv and e2e-tv) x hidden x 2 bytes"""
     compile: bool = False
-    """torch.compile the drafter's layers; about a minute at the start"""
+    """compile the drafter's layers and, on a GPU, the target's norms, attention and routers; a minute at the start"""
     bf16: bool = True
     """compute in bfloat16 with float32 masters; else all float32"""
     use_cpu: bool = False

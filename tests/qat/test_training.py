@@ -1,6 +1,7 @@
 """Drafter training beyond one loss: stages, averaged weights, the target's rows, packed data, warm starts."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mimo_qat.distill.objective import Objective, metrics
 from mimo_qat.distill.optim import MasterOptimizer
 from mimo_qat.distill.start import new_drafter, warm_start
 from mimo_qat.distill.train import Distiller, distill, load_data, target_rows, whole
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from tests.qat.conftest import character_tokenizer
 from tests.qat.test_distill import HEAD, PROMPT, SIZE, no_rows, packed_rows, settings
@@ -172,10 +174,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
     assert not run.checkpoint_path.exists()
 
 
-def test_log_lines_have_their_timing(tiny_model, tmp_path):
-    distiller(tiny_model, tmp_path, logging_steps=4).run()
-    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
-        tokens = 2 * 32 * line["seconds_per_step"] ** -1  # two rows of 32 tokens a step
+def test_log_lines_have_their_timing(tiny_model, tmp_path, monkeypatch):
+    """Evaluations and checkpoints between two lines are not part of a step."""
+    run = distiller(tiny_model, tmp_path, held_out=packed_rows(2), logging_steps=4, eval_steps=3, save_steps=3)
+    evaluate = run.teacher_forced
+
+    def slow():
+        time.sleep(1.0)
+        return evaluate()
+
+    monkeypatch.setattr(run, "teacher_forced", slow)
+    run.run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "seconds_per_step" in line]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8] and [line["step"] for line in timed] == [4, 8]
+    for line in timed:
+        assert line["seconds_per_step"] < 0.25
+        tokens = 2 * 32 / line["seconds_per_step"]  # two rows of 32 tokens a step
         assert abs(line["tokens_per_s"] - tokens) < 0.1 * tokens
         assert {"loss", "prefix_length", "candidate_recall", "grad_norm", "learning_rate"} <= line.keys()
 
@@ -201,6 +216,17 @@ def test_a_step_never_waits_for_the_device(tiny_model, tmp_path, compiled):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert metrics(run.window)["loss"] > 0
+
+
+def test_a_target_decodes_as_before_training(tiny_model, tmp_path):
+    ids = torch.tensor([PROMPT])
+    before = tiny_model(ids).logits
+    run = distiller(tiny_model, tmp_path)
+    use_training_kernels(tiny_model)  # compiles where it is called first, which is nowhere here
+    assert "forward" in vars(tiny_model.model.norm)
+    run.close()
+    assert not any("forward" in vars(module) for module in tiny_model.modules())
+    assert (tiny_model(ids).logits - before).abs().max() < 1e-5
 
 
 # --- warm starts -------------------------------------------------------------------------------------------------
