@@ -109,14 +109,15 @@ def ngram_rounds(prompt: Sequence[int], tokens: Sequence[int], block_size: int, 
     text, so a replay over the known tokens is exact. A repetitive text scores high here as well.
     """
     text, at, rounds = [*prompt, *tokens], len(prompt) + 1, []
+    latest: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence that ends before `at` ends
+    indexed = 0
     while at < len(text):
-        proposal: Sequence[int] = ()
-        for n in range(min(longest, at - 1), 0, -1):
-            tail = text[at - n : at]
-            start = next((i for i in range(at - n - 1, -1, -1) if text[i : i + n] == tail), None)
-            if start is not None:
-                proposal = text[start + n : min(start + n + block_size - 1, at)]
-                break
+        for end in range(indexed + 1, at):
+            latest |= {tuple(text[end - n : end]): end for n in range(1, longest + 1) if end >= n}
+        indexed = at - 1
+        tails = (tuple(text[at - n : at]) for n in range(min(longest, at - 1), 0, -1))
+        found = next((latest[tail] for tail in tails if tail in latest), None)
+        proposal = text[found : min(found + block_size - 1, at)] if found is not None else []
         accepted = 0
         while accepted < len(proposal) and at + accepted < len(text) and proposal[accepted] == text[at + accepted]:
             accepted += 1

@@ -249,7 +249,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
 def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of all prompts; those of drafting are absent where there was none."""
     settings = made["settings"]
-    kept = ("max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts", "tree_budget")
+    kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
+    kept += ["tree_budget", "tree_adaptive", "cuda_graphs"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
     where |= {"block": made["block"], "ngram_lookup": row["lookup_length"], **made["hardware"], **made["versions"]}
     figures = {

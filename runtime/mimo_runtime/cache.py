@@ -9,6 +9,8 @@ Letters: G key-value heads, K query/key head size, V value head size, T new rows
 
 import torch
 
+Position = int | torch.Tensor  # a tensor [] where the call is to become part of a CUDA graph
+
 BUCKET = 64  # keys are handed out in multiples of this, so that neighbouring steps run kernels of one shape
 
 
@@ -29,8 +31,14 @@ class RingCache:
         self.k = torch.zeros(heads, scratch + capacity, k_dim, **kw)
         self.v = torch.zeros(heads, scratch + capacity, v_dim, **kw)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+    def write(self, k: torch.Tensor, v: torch.Tensor, start: Position) -> None:
         """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay."""
+        if isinstance(start, torch.Tensor):
+            assert len(k) <= self.capacity
+            slots = self.scratch + (start + torch.arange(len(k), device=k.device)) % self.capacity
+            self.k.index_copy_(1, slots, k.transpose(0, 1))
+            self.v.index_copy_(1, slots, v.transpose(0, 1))
+            return
         skip = max(len(k) - self.capacity, 0)
         k, v, start = k[skip:].transpose(0, 1), v[skip:].transpose(0, 1), start + skip
         first = start % self.capacity
@@ -48,16 +56,18 @@ class RingCache:
         place = self.scratch + (torch.arange(len(rows), device=rows.device) + start) % self.capacity
         self.k[:, place], self.v[:, place] = self.k[:, held], self.v[:, held]
 
-    def used(self, end: int) -> int:
-        """How many ring slots a call that ends before position `end` reads."""
+    def used(self, end: Position) -> int:
+        """How many ring slots a call that ends before position `end` reads; all where that is not known here."""
+        if isinstance(end, torch.Tensor):
+            return self.capacity
         return min(self.capacity, -(-end // BUCKET) * BUCKET)
 
-    def positions(self, end: int) -> torch.Tensor:
+    def positions(self, end: Position) -> torch.Tensor:
         """The position [S] that each slot holds once rows 0..end-1 are committed; negative where there is none."""
         slots = torch.arange(self.used(end), device=self.k.device)
         return end - 1 - (end - 1 - slots) % self.capacity
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, k: torch.Tensor, v: torch.Tensor, start: Position) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores T new rows and returns keys [G, S, K] and values [G, S, V] whose positions are `extended(start, T)`.
 
         More rows than `block` (a prefill chunk) do not fit beside a full window: they are joined to the window's older
@@ -68,16 +78,18 @@ class RingCache:
             self.write(k, v, start)
             used = self.scratch + self.used(start + rows)
             return self.k[:, self.scratch : used], self.v[:, self.scratch : used]
+        assert isinstance(start, int)
         older = self.scratch + self._older(start) % self.capacity
         keys = torch.cat((self.k[:, older], k.transpose(0, 1)), dim=1)
         values = torch.cat((self.v[:, older], v.transpose(0, 1)), dim=1)
         self.write(k, v, start)
         return keys, values
 
-    def extended(self, start: int, rows: int) -> torch.Tensor:
+    def extended(self, start: Position, rows: int) -> torch.Tensor:
         """Positions [S] of the keys that `extend` returns for `rows` rows at `start`."""
         if self._fits(rows):
             return self.positions(start + rows)
+        assert isinstance(start, int)
         new = torch.arange(start, start + rows, device=self.k.device)
         return torch.cat((self._older(start), new))
 
@@ -96,7 +108,7 @@ class LinearCache(RingCache):
         super().__init__(shape, -(-max_len // BUCKET) * BUCKET, None, block=0, **kw)
 
 
-def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: int | None = None) -> torch.Tensor:
+def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: Position | None = None) -> torch.Tensor:
     """Additive float32 mask [T, S]: 0 where query q sees key k, -inf elsewhere.
 
     A key is seen iff 0 <= k <= q and, in a window, q - k < window. With `end`, keys at or after it are hidden instead

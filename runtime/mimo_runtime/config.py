@@ -23,6 +23,10 @@ class EngineConfig:
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0
     """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain"""
+    tree_adaptive: bool = False
+    """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
+    cuda_graphs: bool = False
+    """replay each decoding pass, with and without a drafter, as one CUDA graph; attention then reads max_len keys"""
 
 
 @dataclass(kw_only=True)

@@ -6,24 +6,30 @@
 The caches are made once for `max_len` positions and serve every prompt after the other without a reset.
 """
 
+import bisect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mimo_qat.models.draft_tree import Tree, chain_tree, greedy_chain, grow_tree
+from mimo_qat.models.draft_tree import Tree, best_prefix, chain_tree, greedy_chain, grow_tree
+from mimo_runtime.cache import Position
 from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
-from mimo_runtime.load import Drafter, LoadConfig, load_drafter, load_target, tokenizer_size
+from mimo_runtime.graphs import Graph
+from mimo_runtime.load import Drafter, LoadConfig, Moe, load_drafter, load_target, tokenizer_size
 from mimo_runtime.model import (
+    at_once,
     draft_context,
     draft_forward,
     keep_rows,
     new_caches,
     new_draft_caches,
     target_forward,
+    tree_rows,
 )
 from mimo_runtime.speculate import Propose, Round, choose, decode, draft_candidates, forced_drafts
 
@@ -81,6 +87,10 @@ class Engine:
             raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
         self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
+        self._graphs: dict[tuple[str, int], Graph] = {}
+        if cfg.cuda_graphs:
+            self._check_graphs(max(self.block, cfg.tree_budget + 1))
+        self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
 
     @torch.inference_mode()
     def generate(
@@ -115,11 +125,10 @@ class Engine:
             return forced(anchor, start) if forced else drafts
 
         def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
-            if not budget:
-                return self._advance(rows, start, drafter, min_rows=self.min_rows)
             nonlocal tree_taps
-            ids, taps = self._tensor(rows), self.drafter.taps if self.drafter else ()
-            logits, tree_taps = target_forward(self.target, self.caches, ids, start, taps=taps, tree=drafts)
+            if not budget:
+                return self._pass("chain" if drafter else "plain", partial(self._advance, drafter), rows, start)
+            logits, tree_taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
             return logits
 
         def commit(path: list[int], start: int) -> None:
@@ -168,29 +177,92 @@ class Engine:
         """Logits [1, vocabulary] after the prompt; fills the caches."""
         for start in range(0, len(ids), self.cfg.prefill_chunk):
             chunk = ids[start : start + self.cfg.prefill_chunk]
-            logits = self._advance(chunk, start, drafter, logits_from=len(chunk) - 1)
+            logits = self._advance(drafter, self._tensor(chunk), start, len(chunk) - 1)
         return logits
 
-    def _advance(self, rows: list[int], start: int, drafter: Drafter | None, **kw: Any) -> torch.Tensor:
-        """Target logits of `rows`; the drafter's context gets all of them, acceptance decides later how many count."""
+    def _pass(self, kind: str, function: Callable, rows: list[int], start: int, *more: torch.Tensor) -> Any:
+        """`function(ids, start, *more)`; where the settings say so, as the graph of its kind and number of rows."""
+        ids = self._tensor(rows)
+        if not self.cfg.cuda_graphs:
+            return function(ids, start, *more)
+        inputs, key = (ids, torch.tensor(start, device=self.device), *more), (kind, len(rows))
+        if key not in self._graphs:
+            self._graphs[key] = Graph(function, inputs)
+        return self._graphs[key](*inputs)
+
+    def _advance(
+        self, drafter: Drafter | None, ids: torch.Tensor, start: Position, logits_from: int | None = None
+    ) -> torch.Tensor:
+        """Target logits of a prefill's rows from `logits_from` on, or without it of all rows of a verification.
+
+        The drafter's context gets all rows; acceptance decides later how many count.
+        """
+        first, rows = (0, self.min_rows) if logits_from is None else (logits_from, 1)
         taps_of = drafter.taps if drafter else ()
-        logits, taps = target_forward(self.target, self.caches, self._tensor(rows), start, taps=taps_of, **kw)
+        logits, taps = target_forward(
+            self.target, self.caches, ids, start, taps=taps_of, logits_from=first, min_rows=rows
+        )
         if drafter:
             draft_context(drafter, self.draft_caches, taps, start)
         return logits
 
+    def _verify_tree(
+        self, ids: torch.Tensor, start: Position, depths: torch.Tensor, ancestors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and taps of the rows of a tree; the drafter's context waits for the walk."""
+        assert self.drafter is not None
+        taps_of, rows = self.drafter.taps, (depths, ancestors)
+        return target_forward(self.target, self.caches, ids, start, taps=taps_of, tree=rows)
+
     def _draft(self, drafter: Drafter, anchor: int, start: int, sampling: SamplingConfig, budget: int) -> Tree:
         """The drafts after `anchor`: a tree of `budget` nodes, or with budget 0 the chain of the best tokens."""
-        ids = self._tensor([anchor])
-        hidden, logits = draft_forward(self.target, drafter, self.draft_caches, ids, start)
+        run = partial(draft_forward, self.target, drafter, self.draft_caches)
+        hidden, logits = self._pass("draft", run, [anchor], start)
         if not budget and drafter.selector is None:
             positions = torch.arange(start + 1, start + self.block, device=self.device)
             return chain_tree(choose(logits, positions, sampling).tolist())
-        candidates = draft_candidates(drafter.selector, hidden, logits, ids[0], start, sampling).cpu()
-        return grow_tree(candidates, budget) if budget else chain_tree(greedy_chain(candidates).tolist())
+        after = torch.tensor(anchor, device=self.device)
+        candidates = draft_candidates(drafter.selector, hidden, logits, after, start, sampling).cpu()
+        if not budget:
+            return chain_tree(greedy_chain(candidates).tolist())
+        tree = grow_tree(candidates, budget)
+        return best_prefix(tree, self._seconds) if self._seconds else tree
+
+    @torch.inference_mode()
+    def _measure_rounds(self) -> Callable[[int], float]:
+        """Seconds of a round that verifies n drafts: the best of three at 1, 2, 4, ... and `tree_budget`.
+
+        In between the next larger size counts, so that a tree always has one of these sizes. The rows it writes are
+        those of a rejected tree at position 0.
+        """
+        assert self.drafter is not None
+        sizes = sorted({self.cfg.tree_budget, *(2**i for i in range(20) if 2**i < self.cfg.tree_budget)})
+        seconds, least = [], 0.0
+        for size in sizes:
+            tree, times = Tree([0] * size, [0] * size, [1] * size, []), []
+            for _ in range(4):  # the first one captures or warms up
+                began = time.perf_counter()
+                self._pass("draft", partial(draft_forward, self.target, self.drafter, self.draft_caches), [0], 0)
+                rows = tree_rows(tree, self.device)
+                logits, _ = self._pass("tree", self._verify_tree, [0, *tree.tokens], 0, *rows)
+                logits.argmax(-1).tolist()
+                times.append(time.perf_counter() - began)
+            least = max(least, min(times[1:]))
+            seconds.append(least)
+        return lambda n: seconds[bisect.bisect_left(sizes, n)]
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self.device)
+
+    def _check_graphs(self, most_rows: int) -> None:
+        moes = [layer.mlp for layer in self.target.layers if isinstance(layer.mlp, Moe)]
+        if self.device.type != "cuda":
+            raise ValueError("cuda_graphs needs a GPU; leave it out on a CPU")
+        if any(not at_once(moe, rows) for moe in moes for rows in (self.block, most_rows)):
+            raise ValueError(
+                f"cuda_graphs: {len(moes[0].gate_up)} experts or {most_rows} rows are too many to compute every expert "
+                "for every row; leave it out, or lower tree_budget"
+            )
 
     def _resolved(self, sampling: SamplingConfig) -> SamplingConfig:
         if sampling.stop_token_ids:

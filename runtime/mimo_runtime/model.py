@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mimo_qat.models.draft_tree import Tree
-from mimo_runtime.cache import LinearCache, RingCache, visible
+from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, Target
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
@@ -55,6 +55,11 @@ def route(moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weights * moe.scaling, chosen
 
 
+def at_once(moe: Moe, rows: int) -> bool:
+    """Whether so many rows touch most experts anyway, and are few enough to compute all of them for every row."""
+    return rows <= MANY_ROWS and len(moe.gate_up) <= 4 * rows * moe.top_k
+
+
 def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tensor:
     """All experts on all rows x [T, H], weighted by combine [T, E] and summed in float32: two matrix products.
 
@@ -68,11 +73,11 @@ def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tens
 def moe_mlp(moe: Moe, x: torch.Tensor) -> torch.Tensor:
     """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
 
-    A GPU computes every expert where few rows would touch most of them anyway: a launch costs more than their bytes.
+    A GPU computes every expert where that is `at_once`: a launch costs more than a few experts' bytes.
     """
     weights, chosen = route(moe, x)
     combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
-    if x.is_cuda and len(x) <= MANY_ROWS and len(moe.gate_up) <= 4 * chosen.numel():
+    if x.is_cuda and at_once(moe, len(x)):
         return every_expert(moe, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in sorted({e for row in chosen.tolist() for e in row}):
@@ -102,20 +107,30 @@ def attend(q, keys, values, mask, scale: float, sink: torch.Tensor | None) -> to
     return out.view(groups, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
 
 
+TreeRows = tuple[torch.Tensor, torch.Tensor]  # depths [T]; bool [T, T]: row q sees row k, its ancestor or itself
+
+
+def tree_rows(tree: Tree, device: torch.device | str = "cpu") -> TreeRows:
+    """A tree of T - 1 nodes as `target_forward` takes it."""
+    return torch.tensor([0, *tree.depths], device=device), tree.visible().to(device)
+
+
 class Rows:
     """The rows of one call: where they are, and what all layers of one kind share (rotations and masks).
 
     Row i stands at position start + i, or at start + depths[i] where the rows are a tree; it is stored at start + i.
     """
 
-    def __init__(self, start: int, padded: int, like: torch.Tensor, tree: Tree | None = None, count: int | None = None):
+    def __init__(
+        self, start: Position, padded: int, like: torch.Tensor, tree: TreeRows | None = None, count: int | None = None
+    ):
         """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype."""
         self.start, self.count, self.dtype = start, padded if count is None else count, like.dtype
         place = torch.arange(padded, device=like.device).clamp_(max=self.count - 1)
-        self.depths, self.ancestors = place, None
+        self.depths, self.ancestors = place, None  # type: torch.Tensor, torch.Tensor | None
         if tree is not None:
-            self.depths = torch.tensor([0, *tree.depths], device=like.device)[place]
-            self.ancestors = tree.visible().to(like.device)[place]
+            depths, ancestors = tree
+            self.depths, self.ancestors = depths[place], ancestors[place]
         self.positions = start + self.depths
         self._memo: dict = {}
 
@@ -181,12 +196,12 @@ def target_forward(
     target: Target,
     caches: Sequence[RingCache],
     tokens: torch.Tensor,
-    start: int,
+    start: Position,
     *,
     taps: Sequence[int] = (),
     logits_from: int = 0,
     min_rows: int = 1,
-    tree: Tree | None = None,
+    tree: TreeRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """tokens [T] at positions start.. -> logits [T - logits_from, vocabulary] float32 and taps [T, len(taps)*H].
 
@@ -211,7 +226,7 @@ def target_forward(
     return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
 
 
-def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Tensor, start: int) -> None:
+def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Tensor, start: Position) -> None:
     """Stores the drafter's context keys and values of positions start.. from the target's taps [T, len(ids)*H].
 
     Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
@@ -250,7 +265,9 @@ def convolved(conv: Conv | None, x: torch.Tensor, sublayer: Callable[[torch.Tens
     return block_conv(sublayer(block_conv(x, conv.base[0], before)), conv.base[1], after)
 
 
-def draft_forward(target: Target, drafter: Drafter, caches: Sequence[RingCache], anchor: torch.Tensor, start: int):
+def draft_forward(
+    target: Target, drafter: Drafter, caches: Sequence[RingCache], anchor: torch.Tensor, start: Position
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden rows [B-1, H], logits [B-1, vocabulary] float32) of the B-1 tokens after `anchor` [1] at `start`.
 
     The block is [anchor, MASK x (B-1)]; it sees the committed context (positions < start, inside the window that each

@@ -45,3 +45,17 @@ def test_trees_change_no_token(release, temperature, how):
     engine = Engine(release, EngineConfig(device="cuda", dtype="float32", max_len=160, tree_budget=21))
     sampling = SamplingConfig(max_new_tokens=80, temperature=temperature, seed=1)
     assert engine.generate(PROMPT, sampling, **how).tokens == engine.generate(PROMPT, sampling, speculate=False).tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_graphs_change_no_token(release, temperature):
+    """Plain, chains and trees, each captured and replayed, on two prompts in turn."""
+    sampling = SamplingConfig(max_new_tokens=60, temperature=temperature, seed=1)
+    eager, graphs = (
+        Engine(release, EngineConfig(device="cuda", dtype="float32", max_len=160, tree_budget=21, cuda_graphs=on))
+        for on in (False, True)
+    )
+    for prompt in (PROMPT, PROMPT[:3]):
+        expected = eager.generate(prompt, sampling, speculate=False).tokens
+        for how in ({"speculate": False}, {"tree": False}, {}, {"forced_acceptance": [7, 2, 0]}):
+            assert graphs.generate(prompt, sampling, **how).tokens == expected, how
