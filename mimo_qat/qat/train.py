@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
 from mimo_qat import data
 from mimo_qat.models.load import final_hidden, load_for_training, save_trained
@@ -90,6 +91,7 @@ class Trainer:
         # A debugging aid that costs a sixth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.sharding = sharding(config, self.accelerator)
+        unset_hf_deepspeed_config()  # transformers would partition a model before its experts are found and counted
         # Where the model is to be sharded it may not fit on one device; sharding moves it there layer by layer.
         device = self.accelerator.device if self.sharding == "none" else "cpu"
         self.model, self.tokenizer = load_for_training(config.model, torch.bfloat16, device)

@@ -42,8 +42,6 @@ def _configure(accelerator: Accelerator, config: QatConfig) -> int:
     zero = settings["zero_optimization"]
     if zero["stage"] not in (2, 3):
         raise ValueError(f"ZeRO stage {zero['stage']} is not supported; set zero_stage to 2 or 3, or launch with DDP")
-    if zero["stage"] == 3 and plugin.zero3_init_flag:
-        raise ValueError("zero3_init_flag would shard the model before its experts are found; set it to false")
     for what in ("offload_optimizer", "offload_param"):
         if (zero.get(what) or {}).get("device", "none") != "none":
             raise ValueError(f"{what} is not supported, masters are snapped on the GPU; set {what}_device to none")
