@@ -1,7 +1,8 @@
 """mimo-qat acceptance --target TARGET --drafter DRAFTER --data answers.jsonl --tree_budgets [16,32,64]
 
 How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat
-generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512 --chunk_anchors 16.
+generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512
+--chunk_anchors 16.
 
 Beside each length stand what would flatter it (an n-gram copier on the same text, repetition, low entropy) and what it
 could reach (recall of each slot, an oracle over the candidates, trees). `target_agreement` is the share of tokens that

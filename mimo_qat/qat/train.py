@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
 from mimo_qat import data
+from mimo_qat.models import cpu_experts
 from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.load import final_hidden, load_for_training, save_trained
 from mimo_qat.provenance import JsonlLog, write_json, write_provenance
@@ -91,9 +93,12 @@ class Trainer:
         # A debugging aid that costs a sixth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.sharding = sharding(config, self.accelerator)
+        unset_hf_deepspeed_config()  # transformers would partition a model before its experts are found and counted
         # Where the model is to be sharded it may not fit on one device; sharding moves it there layer by layer.
         device = self.accelerator.device if self.sharding == "none" else "cpu"
         self.model, self.tokenizer = load_for_training(config.model, torch.bfloat16, device)
+        if self.accelerator.device.type != "cpu" and self.model.config._experts_implementation == cpu_experts.NAME:
+            self.model.set_experts_implementation("grouped_mm")  # the reader took the model for one of a CPU
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
         if config.gradient_checkpointing:

@@ -6,11 +6,14 @@ gathers them once more. A partition is a piece of a flattened tensor, so blocks 
 between them: `_refuse_cut_blocks`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from accelerate import Accelerator
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.utils import safe_get_local_fp32_param, set_z3_leaf_modules
 from torch import nn
@@ -42,8 +45,6 @@ def _configure(accelerator: Accelerator, config: QatConfig) -> int:
     zero = settings["zero_optimization"]
     if zero["stage"] not in (2, 3):
         raise ValueError(f"ZeRO stage {zero['stage']} is not supported; set zero_stage to 2 or 3, or launch with DDP")
-    if zero["stage"] == 3 and plugin.zero3_init_flag:
-        raise ValueError("zero3_init_flag would shard the model before its experts are found; set it to false")
     for what in ("offload_optimizer", "offload_param"):
         if (zero.get(what) or {}).get("device", "none") != "none":
             raise ValueError(f"{what} is not supported, masters are snapped on the GPU; set {what}_device to none")
@@ -187,15 +188,15 @@ class ZeroEngine(SnappedCopy):
         flips = mxfp4.snap_each_(
             {name: self._snapped[name] for name in held}, {name: self.masters[name].data for name in held}, self.rule
         )
-        for name in held:
-            self.shown(name).copy_(self._snapped[name])
-        self._spread()
+        self._rewrite({name: self._snapped[name] for name in held})
         return self._over_all(flips)
 
-    def _spread(self) -> None:
-        """Makes what this process wrote into its part known to whoever reads it."""
+    def _rewrite(self, values: dict[str, torch.Tensor]) -> None:
+        """Writes this process's part of BF16 parameters, and makes it known to whoever reads them."""
+        with self._no_gather():
+            for name, value in values.items():
+                self.shown(name).copy_(value)
         if self.stage == 3:
-            self.decoder.empty_partition_cache()
             return
         zero = self._zero
         all_gather_dp_groups(
@@ -206,13 +207,25 @@ class ZeroEngine(SnappedCopy):
             allgather_bucket_size=zero.allgather_bucket_size,
         )
 
+    @contextmanager
+    def _no_gather(self) -> Iterator[None]:
+        """Inside the block partitions may be written: no gathered parameter is left, and none is being gathered.
+
+        ZeRO-3 gathers on a stream of its own that does not wait for writers.
+        """
+        if self.stage == 3:
+            self.decoder.empty_partition_cache()
+            get_accelerator().synchronize()
+        yield
+        if self.stage == 3:
+            get_accelerator().synchronize()
+
     # ---- the teacher and its distance
 
     def _swap(self) -> None:
-        for name, param in self.params.items():
-            exchange(self._content(param), self.originals[name])
-        if self.stage == 3:
-            self.decoder.empty_partition_cache()
+        with self._no_gather():
+            for name, param in self.params.items():
+                exchange(self._content(param), self.originals[name])
 
     def changed_against_ptq(self) -> float:
         if not self.rule:
@@ -253,9 +266,7 @@ class ZeroEngine(SnappedCopy):
     def restored(self, step: int) -> None:
         for moments in self.optimizer.state.values():
             moments["step"].fill_(step)
-        for name in self.params:
-            self.shown(name).copy_(self.masters[name])
-        self._spread()
+        self._rewrite(self.masters)
         self.snap()
 
     def whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
