@@ -231,6 +231,7 @@ class Speculators:
             "attention": attention,
             "documents": "separate for attention and positions; labels and losses run on across borders",
             "labels": "argmax of the target's own logits, computed in every step",
+            "loss_scale": "divided by the number of slots; the other arms divide by the sum of their weights",
         }
 
     def inputs(self, batch: Batch) -> Batch:
