@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,12 +41,12 @@ class Metrics:
     }
 
     def __init__(self) -> None:
-        self.values: Counter[str] = Counter()
+        self.values = defaultdict[str, float](int)
 
     def add(self, name: str, amount: float = 1, **labels: Any) -> None:
         """Adds to a counter."""
         inside = ",".join(f'{k}="{v}"' for k, v in labels.items())
-        self.values[f"{name}{{{inside}}}" if inside else name] += amount  # type: ignore[assignment]
+        self.values[f"{name}{{{inside}}}" if inside else name] += amount
 
     def observe(self, name: str, total: float, count: int = 1) -> None:
         """Adds `count` observations that sum to `total` to a summary."""
@@ -180,15 +180,18 @@ class Scheduler:
         self.arrival = asyncio.Event()
         self.task = self.loop.create_task(self._serve())
 
-    def submit(self, job: Job) -> None:
-        """Puts a job at the end of the queue. ApiError 429 where the queue or the client's share is full, 503 at the
-        end of the server's life."""
+    def admit(self, client: str) -> None:
+        """ApiError 429 where the queue or the client's share of it is full, 503 at the end of the server's life."""
         if self.draining:
             raise self._closing()
         if len(self.waiting) >= self.cfg.max_queue:
             raise self._full(f"{self.cfg.max_queue} requests wait already", "queue_full")
-        if sum(other.client == job.client for other in self.waiting) >= self.cfg.max_queue_per_client:
+        if sum(job.client == client for job in self.waiting) >= self.cfg.max_queue_per_client:
             raise self._full(f"{self.cfg.max_queue_per_client} of your requests wait already", "client_queue_full")
+
+    def submit(self, job: Job) -> None:
+        """Puts a job at the end of the queue; errors as of `admit`."""
+        self.admit(job.client)
         self.waiting.append(job)
         self.arrival.set()
 

@@ -87,4 +87,6 @@ class ServeConfig(EngineConfig):
             if not found:
                 raise ValueError(f"api_key_env names {self.api_key_env}, which holds no key; set it, or leave it out")
             keys += found
+        if not all(key.isascii() for key in keys):
+            raise ValueError("an API key has characters that no HTTP header can hold; use ASCII letters and digits")
         return keys

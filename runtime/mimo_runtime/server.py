@@ -12,6 +12,7 @@ GET /metrics and /health need no key. Put a proxy in front for TLS. Needs the ex
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -192,6 +193,9 @@ class Completions:
             raise
         except _ClientGone:
             pass
+        except Exception:
+            status = 500
+            raise
         finally:
             path = scope["path"]
             self.api.scheduler.metrics.add("requests_total", endpoint=path, status=status)
@@ -201,6 +205,7 @@ class Completions:
         api, http = self.api, HttpRequest(scope, receive)
         client = api.client(http)
         request = parse(await self._body(http), self.kind, api.cfg.name)
+        api.scheduler.admit(client)  # before the work of encoding, and again after it
         job = await api.job(request, client)
         session = api.sessions.enter(client, time.monotonic())
         try:
@@ -308,6 +313,14 @@ class Server(uvicorn.Server):
             )
         )
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it listens once it does."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        log.info("serving %s at http://%s:%d/v1", self.api.cfg.name, f"[{host}]" if ":" in host else host, port)
+        if not (self.api.keys or ipaddress.ip_address(host).is_loopback):
+            log.warning("everyone who reaches %s may use this server; give --api_key_file to ask for keys", host)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuses what waits, then lets uvicorn finish what runs."""
         self.api.scheduler.drain()
@@ -328,14 +341,11 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 def main(cfg: ServeConfig) -> None:
     """Serves a release over HTTP until SIGTERM or SIGINT, then finishes what runs and exits with 0."""
-    keys, bound = cfg.api_keys(), listen(cfg)
+    cfg.api_keys()  # refused before the model is loaded, as a port that is taken
+    bound = listen(cfg)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     server = Server(Api(Engine(cfg.folder, cfg), cfg))
-    host, port = bound.getsockname()[:2]
-    if not keys and not host.startswith("127.") and host != "::1":
-        log.warning("everyone who reaches %s may use this server; give --api_key_file to ask for keys", host)
-    log.info("serving %s at http://%s:%d/v1", cfg.name, f"[{host}]" if ":" in host else host, port)
     # uvicorn handles both signals and raises them again at its end; by then they are handled.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)

@@ -35,11 +35,12 @@ ASK = [{"role": "user", "content": "Name a lock."}]
 
 
 class PacedEngine:
-    """An engine that waits for `gate`, sleeps after every round, fails on request, and counts its rounds."""
+    """An engine that waits for `gate`, sleeps after every round, fails on request, and counts its rounds. It hands over
+    `group` tokens at once, as if the drafts of a random drafter were ever accepted."""
 
     def __init__(self, engine: Engine):
         self.engine, self.target, self.drafter = engine, engine.target, engine.drafter
-        self.gate, self.pause, self.fail, self.rounds = threading.Event(), 0.0, False, 0
+        self.gate, self.pause, self.fail, self.rounds, self.group = threading.Event(), 0.0, False, 0, 1
         self.gate.set()
 
     def generate(self, prompt, sampling, *, on_tokens):
@@ -47,12 +48,20 @@ class PacedEngine:
         if self.fail:
             raise RuntimeError("CUDA error: something")
 
+        held: list[int] = []
+
         def paced(tokens):
             self.rounds += 1
-            on_tokens(tokens)
+            held.extend(tokens)
+            if len(held) >= self.group:
+                on_tokens(held[:])
+                held.clear()
             time.sleep(self.pause)
 
-        return self.engine.generate(prompt, sampling, on_tokens=paced)
+        out = self.engine.generate(prompt, sampling, on_tokens=paced)
+        if held:
+            on_tokens(held)
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +209,10 @@ def test_answers_are_the_engines(serve, expect, engine, made, sampling):
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_text_and_the_engine(serve, expect, made, stream):
     server = serve()
-    text, tokens = expect(tokens=200)
+    server.engine.group = 4
+    text, tokens = expect(tokens=120)
     stop = text[30:33]
-    body = {"messages": ASK, "temperature": 0, "max_tokens": 200, "stop": ["not in it", stop], "stream": stream}
+    body = {"messages": ASK, "temperature": 0, "max_tokens": 120, "stop": ["not in it", stop], "stream": stream}
     if stream:
         with httpx.stream("POST", server.url + "/v1/chat/completions", json=body) as reply:
             events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
@@ -211,11 +221,12 @@ def test_stop_strings_end_the_text_and_the_engine(serve, expect, made, stream):
     else:
         reply = server.post(body).json()
         got, finish = reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]
-        needed = next(n for n in range(200) if stop in made["tokenizer"].decode(tokens[:n]).rstrip("\ufffd"))
+        needed = next(n for n in range(120) if stop in made["tokenizer"].decode(tokens[:n]).rstrip("\ufffd"))
         assert reply["usage"]["completion_tokens"] == needed
     assert got == text[: text.index(stop)] and finish == "stop"
-    assert server.engine.rounds < 60  # of about 150
-    assert server.post({"messages": ASK, "temperature": 0}).json()["choices"][0]["message"]["content"].startswith(text)
+    assert server.engine.rounds < 60  # of about 110
+    after = server.post({"messages": ASK, "temperature": 0, "max_tokens": 120}).json()
+    assert after["choices"][0]["message"]["content"] == text
 
 
 def test_two_hundred_clients_at_once_and_a_third_of_them_rude(serve, expect):
@@ -502,7 +513,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), chat=st.booleans(), valid=st.booleans())
 def test_any_body_is_a_request_or_refused(fields, chat, valid):
     body = ({"messages": ASK, "prompt": "x"} if valid else {}) | fields
