@@ -9,7 +9,7 @@ VERBS = {
     "qat": Verb("mimo_qat.qat.train", "QatConfig", "FP4 quantization-aware distillation of the experts"),
     "evaluate": Verb("mimo_qat.evaluate", "EvaluateConfig", "KL, agreement and tasks of quantized models, paired"),
     "distill": Verb("mimo_qat.distill.train", "DistillConfig", "train a DFlash drafter for a target"),
-    "answer": Verb("mimo_qat.distill.answers", "AnswerConfig", "let the target answer prompts (drafter data)"),
+    "generate-data": Verb("mimo_qat.distill.generate", "GenerateDataConfig", "let the target answer prompts"),
     "acceptance": Verb("mimo_qat.distill.acceptance", "AcceptanceConfig", "acceptance length by domain, by replay"),
     "convert": Verb("mimo_qat.convert", "ConvertConfig", "target + drafter -> FP4-DFlash release folder"),
     "check": Verb("mimo_qat.checkpoint.check", "CheckConfig", "prove a checkpoint folder", positional="folder"),

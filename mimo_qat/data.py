@@ -8,12 +8,10 @@ that need no download: "stdlib", documented functions of this machine's Python s
 `mimo-qat pack` tokenizes and packs a dataset once, into a .safetensors file that every training run reads at once.
 """
 
-import ast
 import hashlib
 import heapq
 import json
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]
+from mimo_qat.corpora import CORPORA, Row
+
 Packed = dict[str, torch.Tensor]
 
 
@@ -34,6 +33,8 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
     if str(source) in CORPORA:
         return list(islice(CORPORA[str(source)](), limit))
     path = Path(source)
+    if path.is_dir():
+        return list(islice((row for file in _shards(path, "train") for row in read_rows(file)), limit))
     if path.suffix == ".jsonl" or path.exists():
         if not path.is_file():
             raise ValueError(f"{path}: no such file; give a .jsonl file, a hub dataset's name, or 'stdlib'")
@@ -43,6 +44,19 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
 
     rows = load_dataset(str(source), split=split, streaming=limit is not None)
     return [_row(row, f"{source}[{n}]") for n, row in enumerate(islice(rows, limit))]
+
+
+def _shards(folder: Path, side: str) -> list[Path]:
+    found = sorted(folder.glob(f"{side}-*.jsonl"))
+    if not found:
+        raise ValueError(f"{folder} has no {side}-*.jsonl; give a folder of mimo-qat generate-data, or a .jsonl file")
+    return found
+
+
+def load_generated(folder: str | Path) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of a folder that `mimo-qat generate-data` wrote."""
+    train, held_out = ([r for f in _shards(Path(folder), side) for r in read_rows(f)] for side in ("train", "held_out"))
+    return train, held_out
 
 
 def _row(row: str | Row, where: str) -> Row:
@@ -73,57 +87,6 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def stdlib_rows(max_lines: int = 60) -> Iterator[Row]:
-    """One chat row for every documented function of 4 to `max_lines` lines in the standard library (PSF licence)."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        if skipped & set(path.relative_to(root).parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError):
-            continue  # a few files exist to be broken
-        lines = text.splitlines()
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            summary = (ast.get_docstring(node) or "").strip().partition("\n")[0]
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if not summary or not 4 <= length <= max_lines:
-                continue
-            source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            yield {
-                "messages": [
-                    {"role": "user", "content": f"Write the Python function `{node.name}`: {summary}"},
-                    {"role": "assistant", "content": f"```python\n{source}\n```"},
-                ]
-            }
-
-
-def module_rows(smallest: int = 500, largest: int = 200_000) -> Iterator[Row]:
-    """One text row for every Python module of `smallest` to `largest` bytes installed in site-packages, each text once.
-
-    What is installed decides what there is: a corpus for experiments, not for a published data set.
-    """
-    root, seen = Path(sysconfig.get_paths()["purelib"]), set()
-    for path in sorted(root.rglob("*.py")):
-        try:
-            if not smallest <= path.stat().st_size <= largest:
-                continue
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue  # test files that exist to be broken, dangling links
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            yield {"id": str(path.relative_to(root)), "text": text}
-
-
-CORPORA: dict[str, Callable[[], Iterator[Row]]] = {"stdlib": stdlib_rows, "site-packages": module_rows}
-
-
 def prompt_of(row: Row) -> str:
     """What identifies a row: its first user message, or its `id`, or the beginning of its text."""
     if "messages" not in row:
@@ -131,20 +94,25 @@ def prompt_of(row: Row) -> str:
     return next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
 
 
+def hash_of(prompt: str, seed: int = 0) -> str:
+    """Hex digits that order prompts and choose their side of a split; the same in every command."""
+    return hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest()
+
+
+def is_held_out(digest: str, fraction: float) -> bool:
+    """Whether the prompt with this `hash_of` belongs to the held-out `fraction`."""
+    return int(digest[:8], 16) < int(fraction * 16**8)
+
+
 def split_rows(rows: Iterable[Row], held_out: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), shuffled by a hash of the prompt; equal prompts fall on the same side.
 
     The hash decides for each row alone, so a row keeps its side when others are added.
     """
-    keyed = sorted((hashlib.sha256(f"{seed}:{prompt_of(r)}".encode()).hexdigest(), i, r) for i, r in _numbered(rows))
-    border = int(held_out * 16**8)
-    kept = [r for digest, _, r in keyed if int(digest[:8], 16) >= border]
-    held = [r for digest, _, r in keyed if int(digest[:8], 16) < border]
+    keyed = sorted(((hash_of(prompt_of(r), seed), i, r) for i, r in enumerate(rows)), key=lambda k: k[:2])
+    kept = [r for digest, _, r in keyed if not is_held_out(digest, held_out)]
+    held = [r for digest, _, r in keyed if is_held_out(digest, held_out)]
     return kept, held
-
-
-def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
-    return iter(enumerate(rows))
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -165,12 +133,18 @@ def load_tokenizer(folder: str | Path) -> Any:
 def tokenize_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """Token ids and a loss mask: 1 on what an assistant says, or on all of a `text` row.
 
+    Rows with `prompt_ids` and `answer_ids` (mimo-qat generate-data) are those tokens, and the mask is 1 on the answer.
     A chat is cut at `max_length`; a text goes on in the next example. Each assistant turn is tokenized apart from what
     precedes it, as it is when a server continues a prompt.
     """
     examples, rows = [], iter(rows)
     while batch := list(islice(rows, 1000)):  # the tokenizer uses all cores within one call
-        segments = [(i, text, flag) for i, row in enumerate(batch) for text, flag in _segments(row, tokenizer)]
+        segments = [
+            (i, text, flag)
+            for i, row in enumerate(batch)
+            if "answer_ids" not in row
+            for text, flag in _segments(row, tokenizer)
+        ]
         pieces = tokenizer([text for _, text, _ in segments], add_special_tokens=False).input_ids if segments else []
         ids: list[list[int]] = [[] for _ in batch]
         masks: list[list[int]] = [[] for _ in batch]
@@ -178,7 +152,11 @@ def tokenize_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[
             ids[i] += piece
             masks[i] += [flag] * len(piece)
         for row, tokens, mask in zip(batch, ids, masks, strict=True):
-            starts = range(0, len(tokens), max_length) if "messages" not in row else range(1)
+            if "answer_ids" in row:
+                tokens += row["prompt_ids"] + row["answer_ids"]
+                mask += [0] * len(row["prompt_ids"]) + [1] * len(row["answer_ids"])
+            whole = "messages" in row or "answer_ids" in row
+            starts = range(1) if whole else range(0, len(tokens), max_length)
             for cut in (slice(start, start + max_length) for start in starts):
                 if len(tokens[cut]) > 1:
                     examples.append({"input_ids": tokens[cut], "loss_mask": mask[cut]})

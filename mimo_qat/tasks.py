@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from mimo_qat import statistics
-from mimo_qat.distill.answers import end_token_ids, prompt_ids
+from mimo_qat.distill.generate import end_token_ids, prompt_ids
 
 if TYPE_CHECKING:
     from mimo_qat.evaluate import EvaluateConfig

@@ -45,14 +45,14 @@ mimo-runtime() { $python -m mimo_runtime "$@"; }
 [ -s $out/steps/upcycle.json ] || rm -rf $out/moe
 step upcycle mimo-qat upcycle --output_dir $out/moe
 step qad mimo-qat qat --config recipes/qat/$recipe.yaml --model $out/moe --output_dir $out/qat
-step answer mimo-qat answer --target $out/qat --prompts stdlib --output $out/answers.jsonl \
-    --limit $prompts --max_new_tokens $new_tokens --batch_size 64
-step distill mimo-qat distill --config recipes/distill/$recipe.yaml --target $out/qat --data $out/answers.jsonl \
+step answer mimo-qat generate-data --target $out/qat --prompts "[stdlib]" --output_dir $out/answers --limit $prompts \
+    --temperatures "[0]" --held_out 0.1 --max_new_tokens $new_tokens --batch_size 64
+step distill mimo-qat distill --config recipes/distill/$recipe.yaml --target $out/qat --data $out/answers \
     --output_dir $out/drafter
 step convert mimo-qat convert --target $out/qat --drafter $out/drafter/dflash --out $out/release --overwrite true
 step check mimo-qat check $out/release
 step quality mimo-runtime quality $out/release --reference $out/moe --text $out/qat/held_out.jsonl --windows $windows
-# The drafter holds out the same prompts: the split is a hash of the prompt, so these are new to both trainings.
+# The answers hold out the same prompts: the split is a hash of the prompt, so these are new to both trainings.
 step bench mimo-runtime bench $out/release --prompts $out/qat/held_out.jsonl --limit $bench_prompts \
     --max_new_tokens $bench_tokens
 $python scripts/report.py $out --seconds $(($(date +%s) - started))

@@ -1,7 +1,7 @@
 """mimo-qat acceptance --target TARGET --drafter DRAFTER --data answers.jsonl --tree_budgets [16,32,64]
 
-How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat answer`): exact,
-and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512 --chunk_anchors 16.
+How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat
+generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512 --chunk_anchors 16.
 
 Beside each length stand what would flatter it (an n-gram copier on the same text, repetition, low entropy) and what it
 could reach (recall of each slot, an oracle over the candidates, trees). `target_agreement` is the share of tokens that
@@ -19,7 +19,7 @@ import torch
 
 from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.data import load_tokenizer, pack, read_rows, tokenize_rows
-from mimo_qat.distill.answers import end_token_ids
+from mimo_qat.distill.generate import end_token_ids
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.distill.replay import Text, replay, summary
 from mimo_qat.models.dflash_files import load_drafter

@@ -15,10 +15,10 @@ class DistillConfig:
     output_dir: str
     """receives metrics.jsonl, checkpoint.pt, provenance.json and the drafter as dflash/"""
     data: str
-    """rows the target answered itself (`mimo-qat answer`): a .jsonl file, a dataset on the hub, or a .safetensors file
-    of `mimo-qat pack`"""
+    """rows the target answered itself (`mimo-qat generate-data`): its folder, a .jsonl file, a dataset on the hub, or a
+    .safetensors file of `mimo-qat pack`"""
     eval_data: str | None = None
-    """held-out rows; None holds out `eval_fraction` of `data` by a hash of the prompt, or takes a packed file's own"""
+    """held-out rows; None takes those of the folder or packed file, or `eval_fraction` of `data` by a hash"""
     eval_fraction: float = 0.05
     """share of `data` held out when `eval_data` is None"""
     init_drafter: str | None = None
@@ -107,7 +107,7 @@ class DistillConfig:
     """keep the target's states of every row in memory after its first use: rows x max_length x (taps, and one more for
     tv and e2e-tv) x hidden x 2 bytes"""
     compile: bool = False
-    """torch.compile the drafter's layers; about a minute at the start"""
+    """compile the drafter's layers and, on a GPU, the target's norms, attention and routers; a minute at the start"""
     bf16: bool = True
     """compute in bfloat16 with float32 masters; else all float32"""
     use_cpu: bool = False

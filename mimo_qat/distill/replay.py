@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from mimo_qat.distill.answers import LOOPING
 from mimo_qat.distill.blocks import blocks_at, valid_anchors
 from mimo_qat.distill.evaluate import bootstrap_interval, distinct_3, mean_rounds, ngram_rounds
+from mimo_qat.distill.generate import LOOPING
 from mimo_qat.distill.taps import Taps
 from mimo_qat.models.draft_tree import (
     TOP_K,

@@ -19,15 +19,16 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_packed, load_tokenizer, pack, read_rows, split_rows, tokenize_rows
-from mimo_qat.distill.answers import end_token_ids, prompt_ids, questions
+from mimo_qat.data import load_generated, load_packed, load_tokenizer, pack, read_rows, split_rows, tokenize_rows
 from mimo_qat.distill.blocks import Blocks, attention_masks, blocks_at, sample_anchors
 from mimo_qat.distill.config import FREE_ON_RESUME, DistillConfig
 from mimo_qat.distill.evaluate import evaluate
+from mimo_qat.distill.generate import end_token_ids, prompt_ids, questions
 from mimo_qat.distill.objective import Objective, Sums, head_loss, metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.start import new_drafter, pick_mask_token, warm_start
 from mimo_qat.distill.taps import Taps
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.dflash_files import save_drafter
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
 from mimo_qat.provenance import JsonlLog, atomic_write, write_provenance
@@ -88,10 +89,10 @@ class Distiller:
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.drafter = drafter.to(self.device)
         betas = (config.adam_beta1, config.adam_beta2)
-        self.optimizer = MasterOptimizer(
-            self.drafter, config.optimizer, betas, config.weight_decay, config.ema_decay
-        )  # fmt: skip
+        self.optimizer = MasterOptimizer(self.drafter, config.optimizer, betas, config.weight_decay, config.ema_decay)
         self.drafter.to(self.dtype)
+        if config.compile and self.device.type == "cuda":
+            use_training_kernels(self.target)
         run_layers = self.drafter.run_layers
         self.run_layers = torch.compile(run_layers, dynamic=False) if config.compile else run_layers
         self.step, self.tokens = 0, 0
@@ -99,6 +100,12 @@ class Distiller:
         self.orders: dict[int, torch.Tensor] = {}
         self.tap_cache: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.checkpoint_path = Path(config.output_dir) / "checkpoint.pt"
+
+    def close(self) -> None:
+        """Ends training: the target's modules are as they were, because those compiled for it decode slowly."""
+        self.accelerator.end_training()
+        for module in self.target.modules():
+            module.__dict__.pop("forward", None)
 
     def no_sums(self) -> torch.Tensor:
         return torch.zeros(4 + 2 * self.config.block_size, dtype=torch.float64, device=self.device)
@@ -129,9 +136,7 @@ class Distiller:
     def blocks(self, batch: Batch, *key: int | str) -> tuple[Batch, Blocks]:
         """(the batch on the device, blocks at anchors drawn from the stream of `key`)."""
         c = self.config
-        anchors, valid = sample_anchors(
-            batch["loss_mask"], batch["doc_ids"], c.num_anchors, stream(c.seed, *key)
-        )  # fmt: skip
+        anchors, valid = sample_anchors(batch["loss_mask"], batch["doc_ids"], c.num_anchors, stream(c.seed, *key))
         moved = self.on_device({**batch, "anchors": anchors, "valid": valid})
         anchors, valid = moved.pop("anchors"), moved.pop("valid")
         return moved, blocks_at(moved, anchors, valid, c.block_size)
@@ -223,7 +228,8 @@ class Distiller:
             torch.save({**state, "optimizer": self.optimizer.state_dict()}, path)
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        # To the CPU: torch's loader knows no "cpu:0", and AdamW reads its step counters on the host.
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         now = asdict(self.config)
         for name in sorted(now.keys() - FREE_ON_RESUME):
             if state["config"].get(name) != now[name]:
@@ -237,8 +243,8 @@ class Distiller:
     def report(self, step: dict[str, Any], began: tuple[float, int]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(metrics since the last line, its timing): waits for the device once and starts a new window.
 
-        `began` is the time and the step at which the window began. tokens_per_s counts tokens of packed rows, padding
-        left out, over all processes.
+        `began` is the time and the step at which the window began, evaluations and checkpoints left out. tokens_per_s
+        counts tokens of packed rows, padding left out, over all processes.
         """
         self.check_finite()
         last = {**metrics(self.window), **step, "grad_norm": float(step["grad_norm"])}
@@ -266,23 +272,26 @@ class Distiller:
             bar.update()
             if self.step % c.logging_steps == 0 or self.step == c.max_steps:
                 last, timing = self.report(step, began)
-                values = last | timing
+                values, began = last | timing, (time.perf_counter(), self.step)
                 bar.set_postfix(loss=f"{last['loss']:.3f}", prefix=f"{last['prefix_length']:.2f}")
-            evaluation = self.step == c.max_steps or (c.eval_steps and self.step % c.eval_steps == 0)
-            if evaluation and self.held_out["input_ids"].shape[0]:
+            evaluating = self.step == c.max_steps or (c.eval_steps and self.step % c.eval_steps == 0)
+            saving = c.save_steps and (self.step % c.save_steps == 0 or self.step == c.max_steps)
+            if (evaluating or saving) and self.device.type == "cuda":
+                torch.cuda.synchronize()  # the steps before are not part of the pause
+            paused = time.perf_counter()
+            if evaluating and self.held_out["input_ids"].shape[0]:
                 scores = self.teacher_forced()
                 values, last = values | scores, last | scores
             if values and log is not None:
                 log.write(step=self.step, **values)
                 self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=self.step)
-            if c.save_steps and (self.step % c.save_steps == 0 or self.step == c.max_steps):
+            if saving:
                 self.save()
-            if values:
-                began = time.perf_counter(), self.step
+            began = began[0] + time.perf_counter() - paused, began[1]
         bar.close()
         if not last and self.held_out["input_ids"].shape[0]:
             last = self.teacher_forced()  # the run was complete before
-        self.accelerator.end_training()  # the other processes are done; the first one writes and decodes alone
+        self.close()  # the other processes are done; the first one writes and decodes alone
         return last
 
 
@@ -312,10 +321,12 @@ def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list
             raise ValueError(f"{config.data} holds no prompts to decode; give eval_data, or set eval_prompts to 0")
         held = held if held_rows is None else packed(held_rows)
     else:
-        rows = read_rows(config.data)
-        kept, held_rows = (
-            split_rows(rows, config.eval_fraction, config.seed) if held_rows is None else (rows, held_rows)
-        )
+        if held_rows is not None:
+            kept = read_rows(config.data)
+        elif Path(config.data).is_dir():
+            kept, held_rows = load_generated(config.data)
+        else:
+            kept, held_rows = split_rows(read_rows(config.data), config.eval_fraction, config.seed)
         train, held = packed(kept), packed(held_rows)
     if not train["loss_mask"].any():
         raise ValueError(

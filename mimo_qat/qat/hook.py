@@ -55,7 +55,7 @@ class HookEngine(SnappedCopy):
             module.register_forward_pre_hook(self._show_quantized)
             module.register_forward_hook(_show_parameters, always_call=True)
 
-    def _make_masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    def _make_masters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # Of a sharded parameter the optimizer gets the local rows, which share its memory.
         return {n: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for n, p in self.params.items()}
 

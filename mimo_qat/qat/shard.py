@@ -14,19 +14,26 @@ from mimo_qat.qat.experts import experts_modules
 def shard(model: Any, device: torch.device) -> None:
     """Shards the decoder along dimension 0 over all processes, with FSDP2; mark what is trained before.
 
-    Units are the experts of a layer, the rest of the layer, and the rest of the decoder. Gradients are summed, not
-    averaged, and in float32: the loss of a micro-batch is already divided by the tokens of the whole step. The head,
-    which the loss needs whole in every micro-batch, stays whole.
+    Units are the experts of a layer, a router that is trained in float32 (a unit has gradients of one type), the rest
+    of the layer, and the rest of the decoder. Gradients are summed, not averaged, and in float32: the loss of a
+    micro-batch is already divided by the tokens of the whole step. The head, which the loss needs whole in every
+    micro-batch, stays whole.
     """
     body, _ = body_and_head(model)
     keep_head_whole(model, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for unit in (*experts_modules(body).values(), *body.layers, body):  # type: ignore[misc]
+    experts = list(experts_modules(body).values())
+    routers = [m for m in body.modules() if m not in experts and _trains_float32(m)]
+    for unit in (*experts, *routers, *body.layers, body):  # type: ignore[misc]
         # Everything is gathered anew in each pass, so that the teacher's weights are never met in a student's.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other; NCCL's scaled sum is not needed
+
+
+def _trains_float32(module: torch.nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype == torch.float32 for p in module.parameters(recurse=False))
 
 
 def keep_head_whole(model: Any, device: torch.device) -> None:

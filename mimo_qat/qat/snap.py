@@ -51,9 +51,10 @@ class SnappedCopy:
     """Masters, originals (the teacher's weights), gradients and optimizer of the parameters that are trained.
 
     `experts` are BF16 and become Q(masters) at once; blocks run along the last axis, or along axis 1 of those named in
-    `transposed`. `others` are trained as well but only rounded to BF16, and so are the experts where `rule` is None.
-    Gradients move into the masters' `.grad` as soon as autograd has finished with a parameter, so the BF16 gradients
-    of a whole model never exist together. `master_dtype` is for experiments: BF16 masters lose most small updates.
+    `transposed`. `others` are trained as well but only rounded to their own type (BF16, or FP32 as many routers are),
+    and so are the experts where `rule` is None. Gradients move into the masters' `.grad` as soon as autograd has
+    finished with a parameter, so the BF16 gradients of a whole model never exist together. `master_dtype` is for
+    experiments: BF16 masters lose most small updates.
 
     Parameters that FSDP2 has sharded are DTensors; masters, originals and gradients are then those of the local rows.
     FSDP2 sums gradients over the processes in float32 and rounds the sum of a micro-batch to BF16.
@@ -73,7 +74,8 @@ class SnappedCopy:
         self.experts, self.rule, self.transposed = experts, rule, transposed
         self.params = experts | (others or {})
         for name, param in self.params.items():
-            if param.dtype != self.param_dtype:
+            routers_may = name not in experts and param.dtype == torch.float32
+            if param.dtype != self.param_dtype and not routers_may:
                 raise ValueError(f"{name} is {param.dtype}; load the model in bfloat16, the masters are float32")
         self.sharded = any(isinstance(p, DTensor) for p in self.params.values())
         """whether a process holds only a part of every parameter"""
@@ -86,7 +88,7 @@ class SnappedCopy:
                 param.register_post_accumulate_grad_hook(lambda p, name=name: self._move_gradient(name, p))
         self.snap()
 
-    def _make_masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    def _make_masters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {name: nn.Parameter(local(p).to(dtype, copy=True)) for name, p in self.params.items()}
 
     def shown(self, name: str) -> torch.Tensor:

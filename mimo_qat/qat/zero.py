@@ -94,6 +94,9 @@ class ZeroEngine(SnappedCopy):
                 f"{min(transposed)} contracts along dimension 1, so DeepSpeed's flat partitions cut its blocks; "
                 "use the FSDP2 recipe"
             )
+        for name, param in (others or {}).items():
+            if param.dtype != torch.bfloat16:
+                raise ValueError(f"DeepSpeed would round {name} ({param.dtype}) to BF16; train it with DDP or FSDP2")
         self.rule = None if config.scale_rule == "none" else config.scale_rule
         self.experts, self.transposed = experts, transposed
         self.params = experts | (others or {})

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mimo_runtime.config import BenchConfig, GenerateConfig, QualityConfig
+from mimo_runtime.serve_config import ServeConfig
 
 USAGE = """usage: mimo-runtime VERB FOLDER [--config FILE.yaml] [--FIELD VALUE ...]
 
@@ -16,6 +17,7 @@ verbs:
   generate   decode after one prompt, with the release's drafter
   bench      speed with and without the drafter, acceptance of its drafts
   quality    a release against its unquantised reference
+  serve      an OpenAI-compatible server
 
 mimo-runtime VERB --help lists the fields of a verb; --print_config prints them as YAML."""
 
@@ -64,10 +66,22 @@ def quality(cfg: QualityConfig) -> dict[str, Any]:
     return main(cfg)
 
 
+def serve(cfg: ServeConfig) -> None:
+    """An OpenAI-compatible server over one engine, until SIGTERM or SIGINT."""
+    try:
+        from mimo_runtime.server import main
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError(f"serve needs {error.name}; run: pip install 'mimo-qat[serve]'") from None
+    main(cfg)
+
+
 VERBS: dict[str, tuple[type, Any]] = {
     "generate": (GenerateConfig, generate),
     "bench": (BenchConfig, bench),
     "quality": (QualityConfig, quality),
+    "serve": (ServeConfig, serve),
 }
 
 

@@ -100,7 +100,10 @@ def faults(config: QatConfig) -> dict[str, Any]:
             trainer.engine.masters[poisoned].grad.view(-1)[0] = float("inf")
         return original()
 
-    trainer.engine.gradient_norm = gradient_norm
+    if trainer.sharding == "zero":  # DeepSpeed's gradients are not the masters'
+        trainer.engine.params[poisoned].register_hook(lambda grad: grad * float("inf") if last else grad)
+    else:
+        trainer.engine.gradient_norm = gradient_norm
     try:
         trainer.train_step()
     except ValueError as error:

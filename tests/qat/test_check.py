@@ -267,6 +267,7 @@ def test_block_amax_detects_a_wrong_row_map():
         ("config.json", {"swa_num_key_value_heads": 2}, "qkv-rows", "self_attn.qkv_proj.weight is"),
         ("model.safetensors.index.json", {"metadata": {"scale_rule": "rceil"}}, "scale-rule", "'rceil'"),
         ("dflash/config.json", {"is_neox_style": False}, "drafter-neox", "False"),
+        ("dflash/config.json", {"architectures": ["DFlash2DraftModel"]}, "drafter-class", "those of DFlashDraftModel"),
         ("dflash/config.json", {"num_speculative_tokens": 8}, "drafter-draft-length", "8, block_size 8"),
         ("dflash/config.json", {"rope_theta": 1e7, "rope_parameters": None}, "drafter-rope-theta", "1e+07"),
         ("config.json", {"quantization_config": None}, "quantization-config", "has none"),

@@ -67,7 +67,7 @@ def test_bad_choice_names_the_field(tmp_path, capsys):
     ("check", ["MISSING"]),
     ("layout", ["MISSING/config.json"]),
     ("distill", ["--target", "MISSING", "--output_dir", "OUT", "--data", "MISSING/rows.jsonl"]),
-    ("answer", ["--target", "MISSING", "--prompts", "MISSING/rows.jsonl", "--output", "OUT/rows.jsonl"]),
+    ("generate-data", ["--target", "MISSING", "--prompts", "[MISSING/rows.jsonl]", "--output_dir", "OUT"]),
 ])  # fmt: skip
 def test_a_missing_folder_is_one_line_and_a_nonzero_exit(verb, args, tmp_path, capsys):
     args = [a.replace("MISSING", str(tmp_path / "missing")).replace("OUT", str(tmp_path / "out")) for a in args]

@@ -15,6 +15,9 @@ from mimo_qat.checkpoint.check import main as check
 from mimo_qat.checkpoint.layout import LayoutConfig, drafter_tensors
 from mimo_qat.checkpoint.layout import main as layout
 from mimo_qat.checkpoint.reader import read_draft_config
+from mimo_qat.checkpoint.writer import write_drafter
+from mimo_qat.convert import ConvertConfig
+from mimo_qat.convert import main as convert
 from mimo_qat.distill.blocks import block_sparse_mask, dense_mask, make_blocks
 from mimo_qat.models.dflash_files import load_drafter, save_drafter
 from mimo_qat.models.modeling_dflash import DFlashConfig, DFlashDraftModel, best_candidate
@@ -195,6 +198,20 @@ def test_check_and_layout_know_the_head(tmp_path):
         assert kind in str(found) and "candidate_selector" in str(found), found
         with pytest.raises(ValueError, match=kind):
             load_drafter(tmp_path)
+
+
+def test_a_release_carries_the_head(bf16_folder, drafter_folder, tensors_of, tmp_path):
+    inner = drafter_folder.config["dflash_config"] | HEAD
+    values = drafter_folder.config | {"architectures": ["DFlash2DraftModel"], "dflash_config": inner}
+    tensors = tensors_of(drafter_tensors(values), seed=5)
+    write_drafter(tmp_path / "drafter", values, tensors, drafter_folder.mask)
+    out = tmp_path / "release"
+    convert(ConvertConfig(target=str(bf16_folder.path), drafter=str(tmp_path / "drafter"), out=str(out)))
+    state = load_drafter(out).state_dict()
+    assert state.keys() == tensors.keys() | {"mask_embedding"} and len(tensors) == 3 + 2 * 12 + 11
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    document = check(CheckConfig(folder=str(out)))
+    assert document["ok"] and not {"drafter-class", "drafter-tensors"} & {f["name"] for f in document["findings"]}
 
 
 def test_a_head_under_the_name_of_a_plain_drafter_is_a_finding(tmp_path, edit_json):

@@ -20,9 +20,8 @@ from transformers import GenerationConfig
 
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run as run_verb
-from mimo_qat.data import read_rows, split_rows
+from mimo_qat.data import load_generated
 from mimo_qat.distill import evaluate as decode
-from mimo_qat.distill.answers import answer_prompts, questions
 from mimo_qat.distill.config import DistillConfig
 from mimo_qat.distill.objective import metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
@@ -34,6 +33,7 @@ from mimo_qat.models.dflash_files import load_drafter
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 
 SIZE = 4
+HEAD = {"conv_kernel_size": 2, "selector_rank": 8, "selector_top_k": 4}
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -137,14 +137,18 @@ def test_step_divides_by_the_denominator_then_clips():
 
 
 def test_muon_takes_matrices_and_leaves_norms_sinks_and_the_mask_vector(tiny_model, tmp_path):
-    config = settings(tmp_path)
+    config = settings(tmp_path, **HEAD)
     optimizer = MasterOptimizer(new_drafter(config, tiny_model, 511), "muon")
     adamw, muon = ([id(p) for g in o.param_groups for p in g["params"]] for o in optimizer.optimizers)
     names = {id(m): n for n, m in optimizer.masters.items()}
     assert {names[i].split(".")[-2] for i in muon} == {
         "fc", *(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")),
+        "kernel_projection", "hidden_projection",
     }  # fmt: skip
-    assert {"mask_embedding", "layers.0.self_attn.attention_sink_bias", "norm.weight"} <= {names[i] for i in adamw}
+    assert {
+        "mask_embedding", "layers.0.self_attn.attention_sink_bias", "norm.weight", "layers.0.mlp_conv.base_kernel",
+        "candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook",
+    } <= {names[i] for i in adamw}  # fmt: skip
     assert len(adamw) + len(muon) == len(names)
 
 
@@ -196,9 +200,9 @@ def random_drafter(model, tmp_path, **changes):
 PROMPT = [17, 3, 99, 200, 41, 7]
 
 
-@pytest.mark.parametrize("window", [64, 6])
-def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_path, window):
-    drafter = random_drafter(tiny_model, tmp_path, sliding_window=window)
+@pytest.mark.parametrize("window, head", [(64, {}), (6, {}), (6, HEAD)], ids=str)
+def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_path, window, head):
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=window, **head)
     prompts = [PROMPT, [5], list(range(40, 70))]  # a prompt of one token, and one longer than the windows
     result = decode.evaluate(tiny_model, drafter, prompts, 24, compare_greedy=True)
     assert result["equal_to_greedy"] == 3
@@ -206,8 +210,10 @@ def test_a_random_drafter_changes_no_token_and_accepts_nothing(tiny_model, tmp_p
     assert result["tokens"] == 72 and result["cap"] == SIZE and len(result["survival"]) == SIZE - 1
 
 
-def test_transformers_generates_the_same_tokens_with_the_drafter(tiny_model, tmp_path):
-    drafter = random_drafter(tiny_model, tmp_path, sliding_window=6)
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "head"])
+def test_transformers_generates_the_same_tokens_with_the_drafter(tiny_model, tmp_path, head):
+    """A selector is not asked there; the drafter still works, as plain DFlash with convolutions."""
+    drafter = random_drafter(tiny_model, tmp_path, sliding_window=6, **head)
     ids = torch.tensor([PROMPT])
     plain = tiny_model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
     options = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, speculation_type="dflash")
@@ -293,8 +299,9 @@ def test_distinct_3_and_pooling_by_hand():
     assert 1.0 <= low < 12 / 7 < high <= 4.0
 
 
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "head"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device):
+def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device, head):
     answer = decode.greedy(tiny_model, PROMPT, 25)
     ids = torch.tensor([[*PROMPT, *answer]])
     rows = {
@@ -305,7 +312,7 @@ def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, d
     }
     config = settings(
         tmp_path, max_steps=150, learning_rate=3e-3, num_anchors=64, per_device_train_batch_size=1, logging_steps=10,
-        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True, use_cpu=device == "cpu",
+        eval_prompts=1, eval_max_new_tokens=25, cache_taps=True, use_cpu=device == "cpu", **head,
     )  # fmt: skip
     out = distill(config, tiny_model, new_drafter(config, tiny_model, 511), rows, no_rows(), [PROMPT], [])
     assert out["accuracy"] == 1.0
@@ -398,7 +405,10 @@ KILLED_RUN = """
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, tiny_config, tmp_path, request):
-    changes = {"optimizer": "muon", "bf16": True, "gradient_accumulation_steps": 2, "num_draft_layers": 2}
+    changes = {
+        "optimizer": "muon", "bf16": True, "gradient_accumulation_steps": 2, "num_draft_layers": 2, "loss": "dpace",
+        "finish_loss": "tv", "finish_ratio": 0.25, "ema_decay": 0.9, **HEAD,
+    }  # fmt: skip
     torch.save(tiny_model.state_dict(), tmp_path / "weights.pt")
     tiny_model.bfloat16()
 
@@ -423,6 +433,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, tiny_config, tmp_pat
     states = [torch.load(tmp_path / o / "checkpoint.pt", weights_only=True) for o in ("killed", "whole")]
     for name, master in states[0]["optimizer"]["masters"].items():
         assert torch.equal(master, states[1]["optimizer"]["masters"][name]), name
+        average = states[0]["optimizer"]["averages"][name]
+        assert torch.equal(average, states[1]["optimizer"]["averages"][name]), name
+        assert not torch.equal(average, master), name
     lines = [
         [
             {k: v for k, v in json.loads(line).items() if k not in ("seconds_per_step", "tokens_per_s")}
@@ -447,59 +460,11 @@ def test_resuming_with_another_learning_rate_is_refused(tiny_model, tmp_path):
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-class NumberTokenizer:
-    """Text is numbers; a turn is its content."""
-
-    pad_token_id, eos_token_id = 0, None
-
-    def __call__(self, text, add_special_tokens=False):
-        return SimpleNamespace(input_ids=[int(t) for t in text.split()])
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return " ".join(m["content"] for m in messages) + " "
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids))
-
-
 def ask(text):
     return [{"role": "user", "content": text}]
 
 
-def test_batched_answers_equal_answers_alone(tiny_model):
-    prompts = [ask("17 3 99 200 41 7"), ask("5"), ask("60 61 62")]
-    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), prompts, 10, batch_size=3)
-    for prompt, row in zip(prompts, rows, strict=True):
-        ids = [int(t) for t in prompt[0]["content"].split()]
-        assert row["messages"][:1] == prompt
-        assert row["messages"][1]["content"] == " ".join(map(str, decode.greedy(tiny_model, ids, 10)))
-    assert counts == {"prompts": 3, "answered": 3, "tokens": 30, "truncated": 3, "looping": 0, "empty": 0}
-
-
-def test_looping_answers_are_dropped(tiny_model):
-    with torch.no_grad():  # a head that always says the same
-        tiny_model.lm_head.weight.zero_()
-    rows, counts = answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6"), ask("7")], 12, batch_size=2)
-    assert rows == [] and counts["looping"] == 2 and counts["answered"] == 0
-
-
-def test_sampled_answers_follow_the_seed(tiny_model):
-    def answers(seed):
-        return answer_prompts(tiny_model, NumberTokenizer(), [ask("5 6")], 12, 1, temperature=1.0, seed=seed)[0]
-
-    assert answers(1) == answers(1) != answers(2)
-
-
-def test_questions_end_before_the_last_answer():
-    turns = [
-        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    ]
-    assert questions([{"messages": turns}]) == [turns[:3]]
-    with pytest.raises(ValueError, match="row 0"):
-        questions([{"text": "prose"}])
-
-
-def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
+def test_generate_data_then_distill_from_folders(bf16_folder, tmp_path, capsys):
     """The two commands as a user runs them, from a checkpoint folder to a drafter that loads."""
     pytest.importorskip("jsonargparse")
     words = {**{f"t{i}": i for i in range(500)}, "<|mask|>": 500}
@@ -525,20 +490,21 @@ def test_answer_then_distill_from_folders(bf16_folder, tmp_path, capsys):
         assert code == 0, printed
         return json.loads(printed.splitlines()[-1])
 
-    target, rows = str(bf16_folder.path), str(tmp_path / "answers.jsonl")
-    answered = command("answer", target=target, prompts=prompts_file, output=rows, max_new_tokens=12, temperature=1.0)
-    assert answered["ok"] and answered["answered"] >= 20
-    few = command("answer", target=target, prompts=prompts_file, output=tmp_path / "few", limit=8, max_new_tokens=12)
-    assert few["prompts"] == 8
-    kept, held = split_rows(read_rows(tmp_path / "few"), 0.5)
-    assert kept and held, "a drawn subset must not fall on one side of the held-out split"
+    target, rows = str(bf16_folder.path), str(tmp_path / "answers")
+    asked = {"target": target, "prompts": f"[{prompts_file}]", "max_new_tokens": 12, "temperatures": "[0, 1.0]"}
+    answered = command("generate-data", **asked, output_dir=rows, held_out=0.3)
+    assert answered["ok"] and answered["prompts"] == 24 and answered["answers"] >= 30
+    kept, held = load_generated(rows)
+    assert kept and held and not {r["prompt_id"] for r in kept} & {r["prompt_id"] for r in held}
     flags = {k: v for k, v in vars(settings(tmp_path / "out")).items() if v is not None}
-    flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6, "eval_fraction": 0.3}
+    flags |= {"target": target, "data": rows, "eval_prompts": 2, "eval_max_new_tokens": 6}
     del flags["mask_token_id"]
     document = command("distill", **flags)
     assert document["steps"] == 8 and document["decoding"]["prompts"] == 2 and "eval_loss" in document
     drafter = load_drafter(tmp_path / "out")
-    assert drafter.config.mask_token_id == 500 and drafter.config.target_layer_ids == [0, 1, 3]
+    used = {i for r in (*kept, *held) for i in r["prompt_ids"] + r["answer_ids"]}
+    assert drafter.config.mask_token_id >= 500 and drafter.config.mask_token_id not in used  # a random target says all
+    assert drafter.config.target_layer_ids == [0, 1, 3]
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]["data"] == rows
 
 

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -42,7 +44,7 @@ def start(processes: int, *program: str) -> subprocess.Popen:
     # What `accelerate launch` starts: it hands several processes of one machine to torchrun.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *program], env=environment, start_new_session=True, **log)
+    return subprocess.Popen([*command, *program], env=environment, **log)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -119,8 +121,8 @@ def test_routers_train_in_shards_and_one_process_goes_on_where_two_ended(learnab
         assert b["loss"] == pytest.approx(a["loss"], rel=5e-3) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=2e-2
         )
-        assert a["expert_tokens"] == pytest.approx(b["expert_tokens"], abs=20)
-        assert sum(map(sum, a["expert_tokens"])) == sum(map(sum, b["expert_tokens"]))
+        tokens = [torch.tensor(line["expert_tokens"]) for line in (a, b)]
+        assert (tokens[0] - tokens[1]).abs().max() <= 20 and tokens[0].sum() == tokens[1].sum() > 0
     (learnable / "two/model.safetensors").rename(learnable / "two.safetensors")
     train.main(config(learnable, "two", **settings))
     assert (learnable / "two/model.safetensors").read_bytes() == (learnable / "two.safetensors").read_bytes()
@@ -133,7 +135,8 @@ def test_kill_and_resume_of_shards_ends_with_the_same_bytes(learnable):
     while not (log.exists() and '"step": 3,' in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both processes
+    for victim in (process, *psutil.Process(process.pid).children(recursive=True)):  # the launcher and both processes
+        os.kill(victim.pid, signal.SIGKILL)
     process.communicate()
     assert not (learnable / "out/config.json").exists()
     finish(train_module(config(learnable, "out", **sharded), 2))
@@ -196,7 +199,7 @@ def test_spans_are_read_across_any_borders_and_gaps_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     values, borders = torch.arange(100.0), [0, 32, 33, 77, 100]
-    for i, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(borders)):
         document = json.dumps({"master.w": begin})
         save_file({"master.w": values[begin:end].clone()}, tmp_path / f"part-{i}.safetensors", {"begin": document})
     for begin, end in ((0, 100), (31, 34), (40, 40), (90, 100), (33, 77)):
@@ -277,6 +280,7 @@ def test_accelerate_understands_every_recipe(recipe, monkeypatch):
     assert args.module and args.training_script == "mimo_qat.qat.train" and args.mixed_precision in (None, "no")
     kind = recipe.removesuffix(".yaml")
     if kind.startswith("zero"):
+        args.deepspeed_fields_from_accelerate_config = ""  # launch_command itself adds it
         _, environment = environments.prepare_deepspeed_cmd_env(args)
         assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == kind[-1]

@@ -1,0 +1,34 @@
+"""The compiled loss kernels at the vocabulary sizes that matter, against the torch definitions on the CPU."""
+
+import pytest
+import torch
+
+from mimo_kernels import head_loss
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("size", [49_152, 152_576, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_equal_the_definitions(size, dtype):
+    g = torch.Generator().manual_seed(size)
+    logits, other = ((torch.randn(64, size, generator=g) * 3).to(dtype) for _ in range(2))
+    labels = torch.randint(0, size, (64,), generator=g)
+    ce_weight, weight = torch.rand(64, generator=g), torch.randn(64, generator=g)
+    results = []
+    for device in ("cpu", "cuda"):
+        x, y, label = (t.to(device) for t in (logits, other, labels))
+        lse, picked, best = head_loss.row_statistics(x, label)
+        other_lse, _, _ = head_loss.row_statistics(y, label)
+        both, below = head_loss.overlap(x, y, lse, other_lse)
+        values, _ = head_loss.top_k(x, 16)
+        alone = head_loss.gradient_(x.clone(), label, lse, ce_weight.to(device))
+        second = (y, other_lse, below, weight.to(device))
+        mixed = head_loss.gradient_(x.clone(), label, lse, ce_weight.to(device), second)
+        results.append([t.cpu().double() for t in (lse, picked, best, both, below, values, alone, mixed)])
+    for name, expected, got in zip(
+        ("lse", "picked", "best", "both", "below", "top", "alone", "mixed"), *results, strict=True
+    ):
+        exact = name in ("picked", "best", "top")
+        error = (got - expected).norm() / expected.norm()
+        assert torch.equal(got, expected) if exact else error < (1e-5 if dtype == torch.float32 else 4e-3), name
