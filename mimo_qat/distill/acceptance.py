@@ -6,7 +6,8 @@ generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). La
 
 Beside each length stand what would flatter it (an n-gram copier on the same text, repetition, low entropy) and what it
 could reach (recall of each slot, an oracle over the candidates, trees). `target_agreement` is the share of tokens that
-are the target's most likely ones: at temperature 0 it must be near 1, else the text is not this target's.
+are the target's most likely ones: at temperature 0 it must be near 1, else the text is not this target's. In bfloat16
+one wide forward and decoding may round a near tie another way; in float32 the rounds are those of decoding.
 """
 
 from collections import defaultdict
@@ -37,7 +38,7 @@ class AcceptanceConfig:
     """drafter folder, or a release that holds one"""
     data: str
     """rows that the target answered: a .jsonl file or a dataset on the hub; the fields "domain" and "temperature" of a
-    row, where it has them, decide where it is counted"""
+    row, where it has them, decide where it is counted, and "truncated" says that the answer was cut"""
     limit: int | None = None
     """use only the first rows"""
     max_length: int = 2048
@@ -54,6 +55,13 @@ class AcceptanceConfig:
     """PNG file of the survival curves of every domain"""
 
 
+def without_end(example: dict[str, list[int]], eos_token_ids: Iterable[int]) -> dict[str, list[int]]:
+    """An answer without its last end-of-sequence token and what follows: a template adds them to a cut answer too."""
+    ends, ids = set(eos_token_ids), example["input_ids"]
+    stop = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in ends and example["loss_mask"][i]), len(ids))
+    return {name: values[:stop] for name, values in example.items()}
+
+
 def replay_groups(
     config: AcceptanceConfig, target: Any, drafter: Any, tokenizer: Any
 ) -> dict[tuple[str, float | None], list[Text]]:
@@ -64,7 +72,9 @@ def replay_groups(
     ends, pad = end_token_ids(target, tokenizer), tokenizer.pad_token_id or 0
     texts = {}
     for key, rows in sorted(groups.items(), key=str):
-        batch = pack(tokenize_rows(rows, tokenizer, config.max_length), config.max_length, pad)
+        cut = tokenize_rows((r for r in rows if r.get("truncated")), tokenizer, config.max_length)
+        examples = tokenize_rows((r for r in rows if not r.get("truncated")), tokenizer, config.max_length)
+        batch = pack(examples + [without_end(e, ends) for e in cut], config.max_length, pad)
         texts[key] = replay(target, drafter, batch, ends, config.tree_budgets, config.chunk_anchors)
     if not any(texts.values()):
         raise ValueError(f"{config.data} has no answer of two tokens or more; give rows that the target answered")
