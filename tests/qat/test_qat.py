@@ -37,6 +37,7 @@ def config(folder, **changes):
         "eval_steps": 3,
         "save_steps": 2,
         "logging_steps": 1,
+        "compile": False,
     }
     return QatConfig(**settings | changes)
 
