@@ -117,6 +117,7 @@ def main() -> None:
     report = faults(config) if job["faults"] else same_state_and_resume(config, job["reference"])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        time.sleep(0.5)  # gloo: who leaves first must not close connections that the barrier still reads
         rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
     else:
