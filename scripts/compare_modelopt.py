@@ -29,6 +29,7 @@ from torch import nn
 from mimo_kernels import mxfp4
 from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
+from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.provenance import hardware, versions, write_json
 from mimo_qat.qat.experts import expert_parameters
 from mimo_qat.qat.objective import agreement, forward_kl
@@ -64,6 +65,8 @@ class Snapped:
 
     def __init__(self, options: argparse.Namespace, rule: mxfp4.Rule):
         self.model = frozen_model(options)
+        if options.device == "cuda":
+            use_training_kernels(self.model)  # as the trainer does
         self.engine, self.rule = SnappedCopy(expert_parameters(self.model), rule), rule
         self.trained = list(self.engine.masters.values())
         self.facts: dict[str, Any] = {"scale_rule": rule}
