@@ -26,6 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
+from mimo_qat.corpora import CORPORA
 from mimo_qat.data import hash_of, is_held_out, load_tokenizer, prompt_of, read_rows, write_rows
 from mimo_qat.distill.decoder import Decoded, Decoder, Job
 from mimo_qat.distill.evaluate import distinct_3
@@ -117,7 +118,9 @@ def read_prompts(config: GenerateDataConfig, tokenizer: Any) -> tuple[list[Promp
     counts = dict.fromkeys(("read", "repeated_prompts", "too_long"), 0)
     for source in config.prompts:
         of_source: dict[str, dict[str, Any]] = {}
-        for row in read_rows(source):
+        # A corpus comes in the order of a hash: its first rows are a mixture, and reading all of it takes minutes.
+        enough = 2 * config.limit if config.limit and source in CORPORA else None
+        for row in read_rows(source, limit=enough):
             counts["read"] += 1
             asked = {"text": row["text"]} if "messages" not in row else {"messages": questions([row])[0]}
             text = row["text"] if "text" in asked else prompt_of(asked)
