@@ -1,7 +1,8 @@
 """mimo-qat acceptance --target TARGET --drafter DRAFTER --data answers.jsonl --tree_budgets [16,32,64]
 
-How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat
-generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512 --chunk_anchors 16.
+How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat generate-data`):
+exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512
+--chunk_anchors 16.
 
 Beside each length stand what would flatter it (an n-gram copier on the same text, repetition, low entropy) and what it
 could reach (recall of each slot, an oracle over the candidates, trees). `target_agreement` is the share of tokens that
@@ -37,7 +38,7 @@ class AcceptanceConfig:
     """drafter folder, or a release that holds one"""
     data: str
     """rows that the target answered: a .jsonl file or a dataset on the hub; the fields "domain" and "temperature" of a
-    row, where it has them, decide where it is counted, and "truncated" says that the answer was cut"""
+    row, where it has them, decide where it is counted, and "finish": "length" says that the answer was cut"""
     limit: int | None = None
     """use only the first rows"""
     max_length: int = 2048
@@ -71,8 +72,8 @@ def replay_groups(
     ends, pad = end_token_ids(target, tokenizer), tokenizer.pad_token_id or 0
     texts = {}
     for key, rows in sorted(groups.items(), key=str):
-        cut = tokenize_rows((r for r in rows if r.get("truncated")), tokenizer, config.max_length)
-        examples = tokenize_rows((r for r in rows if not r.get("truncated")), tokenizer, config.max_length)
+        cut = tokenize_rows((r for r in rows if r.get("finish") == "length"), tokenizer, config.max_length)
+        examples = tokenize_rows((r for r in rows if r.get("finish") != "length"), tokenizer, config.max_length)
         batch = pack(examples + [without_end(e, ends) for e in cut], config.max_length, pad)
         texts[key] = replay(target, drafter, batch, ends, config.tree_budgets, config.chunk_anchors)
     if not any(texts.values()):
