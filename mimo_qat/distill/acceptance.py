@@ -1,7 +1,7 @@
 """mimo-qat acceptance --target TARGET --drafter DRAFTER --data answers.jsonl --tree_budgets [16,32,64]
 
-How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat
-generate-data`): exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512
+How many drafts the target accepts, by domain and by temperature, over answers that it wrote (`mimo-qat generate-data`):
+exact, and without decoding (see `mimo_qat.distill.replay`). Laptop size: --limit 20 --max_length 512
 --chunk_anchors 16.
 
 Beside each length stand what would flatter it (an n-gram copier on the same text, repetition, low entropy) and what it
@@ -38,7 +38,7 @@ class AcceptanceConfig:
     """drafter folder, or a release that holds one"""
     data: str
     """rows that the target answered: a .jsonl file or a dataset on the hub; the fields "domain" and "temperature" of a
-    row, where it has them, decide where it is counted, and "truncated" says that the answer was cut"""
+    row, where it has them, decide where it is counted, and "prompt_ids" and "answer_ids" are taken as they are"""
     limit: int | None = None
     """use only the first rows"""
     max_length: int = 2048
@@ -55,11 +55,20 @@ class AcceptanceConfig:
     """PNG file of the survival curves of every domain"""
 
 
-def without_end(example: dict[str, list[int]], eos_token_ids: Iterable[int]) -> dict[str, list[int]]:
-    """An answer without its last end-of-sequence token and what follows: a template adds them to a cut answer too."""
-    ends, ids = set(eos_token_ids), example["input_ids"]
-    stop = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in ends and example["loss_mask"][i]), len(ids))
-    return {name: values[:stop] for name, values in example.items()}
+def examples_of(rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+    """Token ids and loss mask of each answer: the ids that the target wrote where rows have them, else tokenized text.
+
+    Text tokenized again may give other tokens, and the template ends a cut answer too.
+    """
+    examples = []
+    for row in rows:
+        if "answer_ids" in row:
+            ids = [*row["prompt_ids"], *row["answer_ids"]]
+            mask = [0] * len(row["prompt_ids"]) + [1] * len(row["answer_ids"])
+            examples.append({"input_ids": ids[:max_length], "loss_mask": mask[:max_length]})
+        else:
+            examples += tokenize_rows([row], tokenizer, max_length)
+    return examples
 
 
 def replay_groups(
@@ -72,9 +81,7 @@ def replay_groups(
     ends, pad = end_token_ids(target, tokenizer), tokenizer.pad_token_id or 0
     texts = {}
     for key, rows in sorted(groups.items(), key=str):
-        cut = tokenize_rows((r for r in rows if r.get("truncated")), tokenizer, config.max_length)
-        examples = tokenize_rows((r for r in rows if not r.get("truncated")), tokenizer, config.max_length)
-        batch = pack(examples + [without_end(e, ends) for e in cut], config.max_length, pad)
+        batch = pack(examples_of(rows, tokenizer, config.max_length), config.max_length, pad)
         texts[key] = replay(target, drafter, batch, ends, config.tree_budgets, config.chunk_anchors)
     if not any(texts.values()):
         raise ValueError(f"{config.data} has no answer of two tokens or more; give rows that the target answered")

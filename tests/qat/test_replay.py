@@ -8,7 +8,7 @@ import torch
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run as run_verb
 from mimo_qat.distill import evaluate as decode
-from mimo_qat.distill.acceptance import without_end
+from mimo_qat.distill.acceptance import examples_of
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.distill.replay import Span, answer_spans, replay, replayed_acceptance, walk_rounds
 from mimo_qat.distill.train import DistillConfig, Distiller, new_drafter
@@ -218,7 +218,6 @@ def test_ngram_lookup_equals_a_search_of_the_whole_text():
     assert decode.ngram_rounds(prompt, tokens, SIZE) == expected and max(expected) > 2
 
 
-def test_the_end_of_a_cut_answer_is_not_the_targets():
-    example = {"input_ids": [9, 5, 9, 1, 9, 2, 9, 3], "loss_mask": [0, 0, 0, 1, 1, 1, 1, 1]}
-    assert without_end(example, [9]) == {"input_ids": [9, 5, 9, 1, 9, 2], "loss_mask": [0, 0, 0, 1, 1, 1]}
-    assert without_end(example, []) == example == without_end(example, [5])
+def test_token_ids_of_a_row_are_taken_as_they_are():
+    row = {"messages": "not looked at", "prompt_ids": [4, 5], "answer_ids": [6, 7, 8]}
+    assert examples_of([row], None, 4) == [{"input_ids": [4, 5, 6, 7], "loss_mask": [0, 0, 1, 1]}]
