@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 
 from mimo_runtime.cli import main
 from mimo_runtime.config import EngineConfig, SamplingConfig
-from mimo_runtime.engine import Engine
+from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.prompts import encode
 from mimo_runtime.protocol import NEUTRAL, ApiError, Request, parse
 from mimo_runtime.scheduler import Sessions
 from mimo_runtime.serve_config import ServeConfig
 from mimo_runtime.server import Api, Server, listen
+from mimo_runtime.speculate import Round
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"dtype": "float32", "device": "cpu", "max_len": 512}
@@ -556,6 +557,34 @@ def test_metrics_count_what_happened(serve, engine, made, expect):
         assert re.fullmatch(
             r"# (HELP|TYPE) mimo_\w+ .+|mimo_\w+(\{\w+=\"[^\"]*\"(,\w+=\"[^\"]*\")*\})? [\d.e+-]+", line
         )
+
+
+def test_the_acceptance_length_leaves_out_rounds_that_were_cut(serve, made):
+    """Rounds by hand: one of three tokens and one cut by the budget; then two and one that a stop string may have cut."""
+    server = serve()
+    a, b, c, d = (made["tokenizer"].convert_tokens_to_ids(t) for t in "abcd")
+    rounds = [Round([b, b, b], 7, 2, False), Round([c], 7, 5, True)]
+
+    def generate(prompt, sampling, *, on_tokens):
+        on_tokens([a])
+        for r in rounds:
+            on_tokens(r.tokens)
+        return Generation([a, *(t for r in rounds for t in r.tokens)], "length", rounds, [0.1] * len(rounds), 0.1)
+
+    server.engine.generate = generate
+    assert server.post({"messages": ASK}).json()["choices"][0]["message"]["content"] == "abbbc"
+    wait(lambda: server.metric("acceptance_length_count") == 1)
+    assert server.metric("acceptance_length_sum") == 3 and server.metric("generated_tokens_total") == 5
+    rounds = [Round([b, b], 7, 1, False), Round([b, b], 7, 1, False), Round([c, d], 7, 1, False)]
+    reply = server.post({"messages": ASK, "stop": "cd"}).json()
+    assert reply["choices"][0] | {"logprobs": 0} == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "abbbb"},
+        "logprobs": 0,
+        "finish_reason": "stop",
+    }
+    wait(lambda: server.metric("acceptance_length_count") == 3)
+    assert server.metric("acceptance_length_sum") == 7 and server.metric("decode_seconds_count") == 1
 
 
 def test_a_failing_engine_is_reported_and_tried_again(serve):
