@@ -35,7 +35,7 @@ class PacedEngine:
     `group` tokens at once, as if the drafts of a random drafter were ever accepted."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.target, self.drafter = engine, engine.target, engine.drafter
+        self.engine, self.target, self.drafter, self.device = engine, engine.target, engine.drafter, engine.device
         self.gate, self.pause, self.fail, self.rounds, self.group = threading.Event(), 0.0, False, 0, 1
         self.gate.set()
 
