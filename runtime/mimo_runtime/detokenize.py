@@ -13,11 +13,26 @@ WINDOW, CONTEXT = 64, 8  # tokens decoded at once before the older ones are drop
 
 
 class Decoder:
-    """A tokenizer's decoder, and the ids of its byte tokens (<0xE4>) if it has them. One for all requests."""
+    """A tokenizer's decoder. One for all requests.
+
+    `byte_ids` are its byte tokens (<0xE4>), if it has them, and `text_ids` the tokens that end a run of them: special
+    tokens and unknown ids do not, because they are left out before bytes are joined.
+    """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.byte_ids = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
+        vocabulary = tokenizer.get_vocab()
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        self.text_ids = frozenset(vocabulary.values()) - special - self.byte_ids
+
+    def settled(self, ids: list[int]) -> int:
+        """How many of `ids` come before the open run of byte tokens at their end, which is valid or replaced as a
+        whole, so that its end decides about its beginning."""
+        end = len(ids)
+        while self.byte_ids and end and ids[end - 1] not in self.text_ids:
+            end -= 1
+        return end
 
     def __call__(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens and without "clean-up", which deletes spaces of code."""
@@ -35,9 +50,7 @@ class Detokenizer:
     def push(self, tokens: list[int]) -> str:
         """Adds tokens; returns the text that became final."""
         self.ids += tokens
-        end = len(self.ids)
-        while end and self.ids[end - 1] in self.decoder.byte_ids:
-            end -= 1  # a run of byte tokens is valid or replaced as a whole, so its end decides about its beginning
+        end = self.decoder.settled(self.ids)
         text = self.decoder(self.ids[:end]).rstrip(REPLACEMENT)
         piece = text[self.sent :]
         self.sent = max(self.sent, len(text))

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.detokenize import Decoder, Detokenizer, StopStrings
 from mimo_runtime.engine import Engine, Generation
@@ -162,6 +164,12 @@ class _Run:
     """tokens up to the stop string"""
 
 
+def _use(device: torch.device) -> None:
+    """Makes `device` the one that kernels of this thread are launched on; each thread begins with the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class Scheduler:
     """The queue in front of one engine. `start` it inside of the event loop, `drain` and `close` it at the end."""
 
@@ -171,7 +179,7 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.running: Job | None = None
         self.draining, self.failed = False, False
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.thread = ThreadPoolExecutor(1, "engine", initializer=_use, initargs=(engine.device,))
         self.busy_seconds, self.finished = 0.0, 0
 
     def start(self) -> None:

@@ -237,8 +237,7 @@ class _Turn:
     """One answer on its way from the engine to the client, before `deadline` (on the clock of time.monotonic)."""
 
     def __init__(self, job: Job, answer: Answer, deadline: float, io_seconds: float):
-        self.job, self.answer, self.io_seconds, self.status = job, answer, io_seconds, 200
-        self.deadline = deadline if math.isfinite(deadline) else None
+        self.job, self.answer, self.deadline, self.io_seconds, self.status = job, answer, deadline, io_seconds, 200
 
     async def whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The whole answer in one document."""
@@ -268,8 +267,9 @@ class _Turn:
         await self._timely(send({"type": "http.response.body", "body": b"data: [DONE]\n\n"}))
 
     async def _next(self) -> str | Done:
+        left = self.deadline - time.monotonic()
         try:
-            async with asyncio.timeout_at(self.deadline):
+            async with asyncio.timeout(left if math.isfinite(left) else None):
                 event = await self.job.events.get()
         except TimeoutError:
             raise ApiError(403, "the session's time is over; the next request begins another", "session_over") from None

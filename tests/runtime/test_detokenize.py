@@ -1,5 +1,8 @@
 """Streamed text is the decoded whole, whatever the cuts, and no piece is taken back."""
 
+import itertools
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,12 +42,23 @@ def pieces(decoder: Decoder, rounds: list[list[int]]) -> list[str]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_are_the_whole_text_for_any_tokens_and_cuts(decoder, data):
-    """Any tokens: broken characters, lone continuation bytes, special tokens."""
+    """Any tokens: broken characters, lone continuation bytes, special tokens, ids that the tokenizer does not know."""
     size = len(decoder.tokenizer)
     # Half of the examples dwell on bytes of multi-byte characters, where the cuts hurt.
-    token = st.integers(0, size - 1) | st.sampled_from([*decoder.tokenizer.encode("é中🙂e"), size - 1])
+    token = st.integers(0, size + 1) | st.sampled_from([*decoder.tokenizer.encode("é中🙂e"), size - 1])
     rounds = data.draw(st.lists(st.lists(token, max_size=8), max_size=40))
     assert "".join(pieces(decoder, rounds)) == decoder([t for r in rounds for t in r])
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_random_texts_longer_than_the_window(decoder):
+    rng, size = random.Random(0), len(decoder.tokenizer)
+    likely = decoder.tokenizer.encode("é中🙂e", add_special_tokens=False)
+    for _ in range(60):
+        ids = [rng.choice(likely) if rng.random() < 0.6 else rng.randrange(size) for _ in range(400)]
+        cuts = sorted(rng.choices(range(400), k=rng.randrange(1, 200)))
+        rounds = [ids[a:b] for a, b in itertools.pairwise([0, *cuts, 400])]
+        assert "".join(pieces(decoder, rounds)) == decoder(ids)
 
 
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
@@ -75,6 +89,8 @@ def test_byte_tokens_are_held_until_their_run_ends():
     decoder = DECODERS["byte fallback"]
     ids = decoder.tokenizer.convert_tokens_to_ids(["▁a", "<0x41>", "<0xE4>", "b"])
     assert pieces(decoder, [[i] for i in ids]) == ["a", "", "", "\ufffd\ufffdb", ""]
+    ids = decoder.tokenizer.convert_tokens_to_ids(["▁a", "<0x41>", "<unk>", "<0xE4>", "b"])  # a special token is no end
+    assert pieces(decoder, [[i] for i in ids]) == ["a", "", "", "", "\ufffd\ufffdb", ""]
     ids = decoder.tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "b"])
     assert pieces(decoder, [[i] for i in ids]) == ["a", "", "", "éb", ""]
 
