@@ -27,7 +27,6 @@ from mimo_qat.qat.train import Trainer
 
 PLAIN = "RTN even"
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, from NVIDIA's data sheets
-SHORT = 64  # steps of an ablation
 
 
 def ties_toward_zero(master: torch.Tensor) -> torch.Tensor:
@@ -65,7 +64,7 @@ class Study:
             "per_device_train_batch_size": options.batch,
             "eval_rows": options.batch,
             "learning_rate": options.learning_rate,
-            "max_steps": SHORT,
+            "max_steps": options.short_steps,
             "eval_steps": 10**6,
             "save_steps": 0,
             "logging_steps": 4,
@@ -180,25 +179,7 @@ class Study:
         for name in ("qad", "sft"):  # as at the scale where activations do not fit: SFT repeats a forward, too
             arms[f"{name}_checkpointed"] = arms[name] | {"gradient_checkpointing": True}
         for name, changes in arms.items():
-            trainer = Trainer(self.config(output_dir=str(self.work / "times"), max_steps=8, **changes))
-            torch.cuda.reset_peak_memory_stats()
-            rates = [trainer.train_step() for _ in range(8)][3:]
-            out[name] = sorted(s["tokens"] / s["tokens_per_s"] for s in rates)[2]
-            out[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            if name == "qad":
-                times = []
-                for _ in range(7):
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    trainer.engine.snap()
-                    torch.cuda.synchronize()
-                    times.append(time.perf_counter() - start)
-                out["snap"] = sorted(times)[3]
-                shape = plan_model.shape_of(trainer.model, "study")
-                flops = plan_model.flops_per_token(shape, self.options.max_length, False)
-                out["flops_per_token"] = flops
-                out["tokens_per_step"] = rates[0]["tokens"]
-            del trainer
+            out |= self._step_time(name, changes)
             gc.collect()
             torch.cuda.empty_cache()
         out |= {"snap_fraction_of_step": out["snap"] / out["qad"], "qad_over_sft_step": out["qad"] / out["sft"]}
@@ -207,11 +188,30 @@ class Study:
         print(json.dumps(out), flush=True)
         self.save()
 
+    def _step_time(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        trainer = Trainer(self.config(output_dir=str(self.work / "times"), max_steps=8, **changes))
+        torch.cuda.reset_peak_memory_stats()
+        rates = [trainer.train_step() for _ in range(8)][3:]
+        out = {name: sorted(s["tokens"] / s["tokens_per_s"] for s in rates)[2]}
+        out[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if name != "qad":
+            return out
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            trainer.engine.snap()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        shape = plan_model.shape_of(trainer.model, "study")
+        flops = plan_model.flops_per_token(shape, self.options.max_length, False)
+        return out | {"snap": sorted(times)[3], "flops_per_token": flops, "tokens_per_step": rates[0]["tokens"]}
+
     def save(self) -> None:
         write_json(self.path, self.doc)
 
 
-def arms(rate: float, long: int) -> list[tuple[str, dict[str, Any]]]:
+def arms(rate: float, short: int, long: int) -> list[tuple[str, dict[str, Any]]]:
     """(name, what differs from a short QAD run), in order of importance; each group answers one question."""
     ce = {"kl_weight": 0.0, "ce_weight": 1.0}
     curve = sorted({long // 64, long // 32, long // 16, long // 8, long // 4, long // 2} - {0})
@@ -231,9 +231,9 @@ def arms(rate: float, long: int) -> list[tuple[str, dict[str, Any]]]:
         ("kl + hidden short", {"hidden_weight": 1.0}),
         ("experts+router short", {"train": "experts+router"}),
         ("body short", {"train": "body"}),
-        ("qad quarter lr x3", {"learning_rate": 3 * rate, "max_steps": SHORT // 4}),
-        ("qad quarter", {"max_steps": SHORT // 4}),
-        ("qad quarter lr x0.3", {"learning_rate": 0.3 * rate, "max_steps": SHORT // 4}),
+        ("qad quarter lr x3", {"learning_rate": 3 * rate, "max_steps": short // 4}),
+        ("qad quarter", {"max_steps": short // 4}),
+        ("qad quarter lr x0.3", {"learning_rate": 0.3 * rate, "max_steps": short // 4}),
         ("qad short seed 1", {"seed": 1}),
         ("ce short seed 1", {"seed": 1} | ce),
         ("qad short seed 2", {"seed": 2}),
@@ -255,12 +255,13 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--eval_rows", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--short_steps", type=int, default=64, help="of an ablation")
     parser.add_argument("--long_steps", type=int, default=1060)
     parser.add_argument("--tiny", action="store_true", help="three steps a run, to test the script")
     options = parser.parse_args()
     data.load_packed = functools.cache(data.load_packed)  # one copy for all runs of this process
     study = Study(options)
-    for name, changes in arms(options.learning_rate, options.long_steps):
+    for name, changes in arms(options.learning_rate, options.short_steps, options.long_steps):
         chosen = not options.arms or re.search(options.arms, name)
         if chosen and not (options.skip and re.search(options.skip, name)):
             study.train(name, **changes)
