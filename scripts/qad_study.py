@@ -171,20 +171,18 @@ class Study:
 
     def step_times(self) -> None:
         """Medians of a step with and without the quantizer and the teacher, and of the snap alone."""
-        if "step_times" in self.doc:
-            return
-        out: dict[str, Any] = {}
+        out: dict[str, Any] = self.doc.setdefault("step_times", {})
         arms = {"qad": {}, "sft": {"scale_rule": "none", "kl_weight": 0.0, "ce_weight": 1.0}}
         arms["ce_qat"] = {"kl_weight": 0.0, "ce_weight": 1.0}
         for name in ("qad", "sft"):  # as at the scale where activations do not fit: SFT repeats a forward, too
             arms[f"{name}_checkpointed"] = arms[name] | {"gradient_checkpointing": True}
         for name, changes in arms.items():
             out |= self._step_time(name, changes)
+            self.save()
             gc.collect()
             torch.cuda.empty_cache()
         out |= {"snap_fraction_of_step": out["snap"] / out["qad"], "qad_over_sft_step": out["qad"] / out["sft"]}
         out["qad_over_sft_step_checkpointed"] = out["qad_checkpointed"] / out["sft_checkpointed"]
-        self.doc["step_times"] = out
         print(json.dumps(out), flush=True)
         self.save()
 
