@@ -226,12 +226,13 @@ class Decoder:
             self.graphs[shape] = None
             return self._step(rows, columns)
         graph = self.graphs[shape]
-        if graph is None:
-            pool = next((g.pool() for g in self.graphs.values() if g is not None), None)  # they never run at once
-            self.graphs[shape] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(rows, columns)
-        return graph.replay()
+        with torch.cuda.device(self.device):  # a capture sees streams of the current device, and those alone
+            if graph is None:
+                pool = next((g.pool() for g in self.graphs.values() if g is not None), None)  # they never run at once
+                self.graphs[shape] = graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self._step(rows, columns)
+            return graph.replay()
 
     def _step(self, rows: int, columns: int) -> None:
         token = choose(self._logits(rows, columns), self.temperature[:rows], self._uniform(rows))
