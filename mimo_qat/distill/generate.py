@@ -288,7 +288,9 @@ def main(config: GenerateDataConfig) -> dict[str, Any]:
     parts = shards(config, prompts)
     todo, began, made = list(_missing(config, parts)), time.perf_counter(), Counter(dict.fromkeys(COUNTS, 0))
     if todo:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device).eval()
         longest = max(len(p.ids) for p in prompts)
         decoder = Decoder(model, config.batch_size, longest, config.max_new_tokens, end_token_ids(model, tokenizer))
