@@ -14,6 +14,7 @@ Shape letters: R slots in use, N query heads, G key-value heads, C columns of th
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,11 @@ class Decoder:
         for job in jobs:
             if not 0 < len(job.prompt) <= self.max_prompt_length:
                 raise ValueError(f"prompt {job.key} has {len(job.prompt)} tokens; give 1 to {self.max_prompt_length}")
+        # A graph is captured, and a Triton kernel launched, on the current device, whatever the tensors' is.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._run(jobs)
+
+    def _run(self, jobs: Sequence[Job]) -> list[Decoded]:
         waiting = deque(sorted(range(len(jobs)), key=lambda i: (-len(jobs[i].prompt), i)))
         done: dict[int, Decoded] = {}
         owners: list[int | None] = [None] * self.slots

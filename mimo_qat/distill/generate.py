@@ -8,10 +8,11 @@ The folder holds train-*.jsonl and held_out-*.jsonl. A row has the text (`messag
 `text`), its `domain`, `temperature`, `prompt_id` and `finish`, and the exact token ids of prompt and answer:
 re-tokenizing decoded text would change them where an answer was cut. All answers to a prompt are on one side of the
 split. A shard is written whole or not at all and depends on (seed, prompts) alone, so a killed run continues to the
-same files; under `accelerate launch` or torchrun the processes share the shards. Looping answers are dropped: they
-inflate acceptance and teach nothing.
+same files; under `accelerate launch` or torchrun the processes share the shards, and the one that ends last counts
+them in manifest.json. Looping answers are dropped: they inflate acceptance and teach nothing.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +52,8 @@ class GenerateDataConfig:
     """prompts to take of each source, drawn by `seed`"""
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.7])
     """one answer to every prompt at each of them; 0 is greedy"""
+    held_out_temperatures: list[float] | None = None
+    """those of held-out prompts, such as [0, 0.7, 1] to measure acceptance at; None takes `temperatures`"""
     max_new_tokens: int = 512
     """longest answer in tokens; longer ones are cut and kept"""
     max_prompt_length: int = 1024
@@ -67,11 +70,18 @@ class GenerateDataConfig:
     """compute in bfloat16, else in float32"""
 
     def __post_init__(self) -> None:
-        if not self.temperatures or min(self.temperatures) < 0 or len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError(f"temperatures is {self.temperatures}; give different numbers of 0 or more")
+        for side, name in (("train", "temperatures"), ("held_out", "held_out_temperatures")):
+            given = self.temperatures_of(side)
+            if not given or min(given) < 0 or len(set(given)) < len(given):
+                raise ValueError(f"{name} is {given}; give different numbers of 0 or more")
         for name in ("max_new_tokens", "max_prompt_length", "batch_size", "shard_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+    def temperatures_of(self, shard: str) -> list[float]:
+        """The temperatures of a shard, which its file name tells apart."""
+        held_out = shard.startswith("held_out") and self.held_out_temperatures is not None
+        return (self.held_out_temperatures or []) if held_out else self.temperatures
 
 
 def questions(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
@@ -228,6 +238,46 @@ def _missing(config: GenerateDataConfig, parts: dict[str, list[Prompt]]) -> Iter
             yield name
 
 
+def write_manifest(config: GenerateDataConfig, parts: dict[str, list[Prompt]], counts: dict[str, int]) -> bool:
+    """Counts what the folder holds once every shard is there, and returns whether that is so.
+
+    `asked` less `answers` is what was dropped. One process at a time, so that those that end together write one file.
+    """
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        complete = all((out / name).is_file() for name in parts)
+        if complete and not (out / "manifest.json").is_file():
+            write_json(out / "manifest.json", {"prompts": counts, **count_rows(config, parts)})
+        return complete
+    finally:
+        os.close(folder)  # and with it the lock
+
+
+def count_rows(config: GenerateDataConfig, parts: dict[str, list[Prompt]]) -> dict[str, Any]:
+    """{"answers": a table by side, domain and temperature, "files": counts of each} of the shards on disk."""
+    groups: dict[tuple[str, str, float], Counter[str]] = {}
+    files = {}
+    for name, prompts in parts.items():
+        side, answers, tokens = name.rpartition("-")[0], 0, 0
+        for prompt in prompts:
+            for temperature in config.temperatures_of(name):
+                groups.setdefault((side, prompt.row["domain"], temperature), Counter())["asked"] += 1
+        for row in read_rows(Path(config.output_dir) / name):
+            length, stopped = len(row["answer_ids"]), int(row["finish"] == "stop")
+            groups[side, row["domain"], row["temperature"]].update(answers=1, tokens=length, stopped=stopped)
+            answers, tokens = answers + 1, tokens + length
+        files[name] = {"prompts": len(prompts), "answers": answers, "tokens": tokens}
+    table = [
+        {"side": side, "domain": domain, "temperature": temperature}
+        | {what: counted[what] for what in ("asked", "answers", "tokens", "stopped")}
+        for (side, domain, temperature), counted in sorted(groups.items())
+    ]
+    return {"answers": table, "files": files}
+
+
 def main(config: GenerateDataConfig) -> dict[str, Any]:
     """Writes the target's own answers to prompts; returns the counts of this process's shards."""
     out, tokenizer = Path(config.output_dir), load_tokenizer(config.target)
@@ -238,20 +288,23 @@ def main(config: GenerateDataConfig) -> dict[str, Any]:
     parts = shards(config, prompts)
     todo, began, made = list(_missing(config, parts)), time.perf_counter(), Counter(dict.fromkeys(COUNTS, 0))
     if todo:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device).eval()
         longest = max(len(p.ids) for p in prompts)
         decoder = Decoder(model, config.batch_size, longest, config.max_new_tokens, end_token_ids(model, tokenizer))
         began = time.perf_counter()
         for name in tqdm(todo, desc="answering", unit="shard", disable=None):
-            rows, shard_counts = answer(decoder, tokenizer, parts[name], config.temperatures, config.seed)
+            rows, shard_counts = answer(decoder, tokenizer, parts[name], config.temperatures_of(name), config.seed)
             made.update(shard_counts)
             write_rows(out / name, rows)
+    seconds = time.perf_counter() - began
     if _processes()[0] == 0:
         write_provenance(out, config)
-    seconds = time.perf_counter() - began
+    complete = write_manifest(config, parts, counts)
     return {
-        "ok": all((out / name).is_file() for name in parts) or _processes()[1] > 1,
+        "ok": complete or _processes()[1] > 1,
         "folder": str(out),
         "prompts": len(prompts),
         **counts,

@@ -143,13 +143,34 @@ def test_a_continued_run_and_two_processes_write_the_same_files(settings, learna
         main(GenerateDataConfig(**settings | {"seed": 1}))
     made = Counter()
     for rank in ("0", "1"):
+        assert not (learnable / "two" / "manifest.json").exists()
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         made[rank] = main(GenerateDataConfig(**settings | {"output_dir": str(learnable / "two")}))["shards_made"]
     assert sum(made.values()) == len(files) and min(made.values()) >= math.floor(len(files) / 2)
     assert {f.name: f.read_bytes() for f in (learnable / "two").glob("*.jsonl")} == files
+    manifests = [(learnable / folder / "manifest.json").read_bytes() for folder in ("out", "two")]
+    assert manifests[0] == manifests[1]
     train, held = data.load_generated(learnable / "out")
     assert data.read_rows(learnable / "out") == train and {r["temperature"] for r in held} == {0.0, 1.0}
+
+
+def test_held_out_temperatures_and_the_manifest_count_the_rows(settings, learnable):
+    """The manifest against the lines of the files; a prompt asked of both sides would be counted twice."""
+    document = main(GenerateDataConfig(**settings | {"held_out_temperatures": [0.0, 0.5, 1.5]}))
+    train, held = data.load_generated(learnable / "out")
+    assert {r["temperature"] for r in train} == {0.0, 1.0} and {r["temperature"] for r in held} == {0.0, 0.5, 1.5}
+    manifest = json.loads((learnable / "out" / "manifest.json").read_text())
+    for entry in manifest["answers"]:
+        rows = train if entry["side"] == "train" else held
+        rows = [r for r in rows if r["temperature"] == entry["temperature"] and r["domain"] == entry["domain"]]
+        assert entry["answers"] == len(rows) <= entry["asked"]
+        assert entry["tokens"] == sum(len(r["answer_ids"]) for r in rows)
+        assert entry["stopped"] == sum(r["finish"] == "stop" for r in rows)
+    asked = Counter({e["side"]: e["asked"] for e in manifest["answers"]})
+    assert len(manifest["answers"]) == 5 and asked["train"] + asked["held_out"] == 30
+    assert sum(f["answers"] for f in manifest["files"].values()) == document["answers"] == len(train) + len(held)
+    assert manifest["prompts"] == {"read": 31, "repeated_prompts": 1, "too_long": 0}
 
 
 def test_ids_of_a_row_are_the_text_of_a_row(settings, learnable):
@@ -163,5 +184,7 @@ def test_wrong_settings_are_refused():
     base = {"target": "x", "prompts": ["stdlib"], "output_dir": "y"}
     with pytest.raises(ValueError, match="temperatures"):
         GenerateDataConfig(**base, temperatures=[])
+    with pytest.raises(ValueError, match=r"held_out_temperatures is \[\]"):
+        GenerateDataConfig(**base, held_out_temperatures=[])
     with pytest.raises(ValueError, match="batch_size is 0"):
         GenerateDataConfig(**base, batch_size=0)
