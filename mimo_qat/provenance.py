@@ -62,7 +62,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the source tree, with "+dirty" for uncommitted changes; the package version outside a checkout."""
+    """The commit of the source tree, with "+dirty" for uncommitted changes; the package version outside a checkout.
+
+    MIMO_QAT_COMMIT says it where the tree was copied without its history.
+    """
+    if os.environ.get("MIMO_QAT_COMMIT"):
+        return os.environ["MIMO_QAT_COMMIT"]
     root = Path(__file__).parents[1]
 
     def git(*args: str) -> str:

@@ -68,8 +68,8 @@ class Study:
         self.work, self.path = Path(options.work), Path(options.out or Path(options.work) / "study.json")
         self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-        for key in ("runs", "left_out"):
-            self.doc.setdefault(key, {})
+        self.doc.setdefault("runs", {})
+        self.doc["left_out"] = {}
         self.tokenizer = data.load_tokenizer(options.target)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         self.target = load_model(options.target, dtype, "cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -220,6 +220,7 @@ def main() -> None:
         if chosen and not (options.skip and re.search(options.skip, name)):
             study.train(name, length, changes)
     print(json.dumps({"left_out": study.doc["left_out"], "seconds": round(time.monotonic() - study.began, 1)}))
+    raise SystemExit(int(any("s left" in why for why in study.doc["left_out"].values())))
 
 
 if __name__ == "__main__":

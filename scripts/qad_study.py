@@ -50,8 +50,9 @@ class Study:
         self.began, self.path = time.monotonic(), Path(options.out or Path(options.work) / "study.json")
         self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-        for key in ("rows", "runs", "left_out"):
+        for key in ("rows", "runs"):
             self.doc.setdefault(key, {})
+        self.doc["left_out"] = {}
         self.rate = 0.0  # tokens a second of the last run
         self.bench: Bench | None = None
 
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
     parser.add_argument("--arms", help="regular expression: only these")
     parser.add_argument("--skip", help="regular expression: not these")
+    parser.add_argument("--until", help="no run begins once this file is there")
     parser.add_argument("--times", action="store_true", help="measure step times as well")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=1024)
@@ -261,11 +263,14 @@ def main() -> None:
     study = Study(options)
     for name, changes in arms(options.learning_rate, options.short_steps, options.long_steps):
         chosen = not options.arms or re.search(options.arms, name)
+        if options.until and Path(options.until).exists():
+            raise SystemExit(f"{options.until} is there; arms from {name} on are left for another call")
         if chosen and not (options.skip and re.search(options.skip, name)):
             study.train(name, **changes)
     if options.times:
         study.step_times()
     print(json.dumps({"left_out": study.doc["left_out"], "seconds": round(time.monotonic() - study.began, 1)}))
+    raise SystemExit(int(any("s left" in why for why in study.doc["left_out"].values())))
 
 
 if __name__ == "__main__":
