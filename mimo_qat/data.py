@@ -1,9 +1,10 @@
 """Rows, chat templates and packing: from a dataset's name to tensors.
 
 A row is {"messages": [{"role", "content"}, ...]}; {"conversations"}, {"prompt", "completion"} and {"text"} are read as
-well. A dataset is the path of a .jsonl file, the name of a dataset on the Hugging Face hub, or one of two real corpora
-that need no download: "stdlib", documented functions of this machine's Python standard library as chats, and
-"site-packages", the Python modules installed beside it as plain text.
+well. A dataset is the path of a .jsonl file, a folder of `mimo-qat generate-data`, the name of a dataset on the Hugging
+Face hub, or a corpus that needs no download (`mimo_qat.corpora`): for training "stdlib" and "functions", documented
+Python functions as chats, and "site-packages", modules as plain text; "prefixes", "questions" and "reasoning" are
+prompts without answers.
 
 `mimo-qat pack` tokenizes and packs a dataset once, into a .safetensors file that every training run reads at once.
 """
@@ -34,11 +35,12 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
         return list(islice(CORPORA[str(source)](), limit))
     path = Path(source)
     if path.is_dir():
-        return list(islice((row for file in _shards(path, "train") for row in read_rows(file)), limit))
+        return list(islice(_shard_rows(path, "train"), limit))
     if path.suffix == ".jsonl" or path.exists():
         if not path.is_file():
             raise ValueError(f"{path}: no such file; give a .jsonl file, a hub dataset's name, or 'stdlib'")
-        lines = ((n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip())
+        # Not splitlines(), which also ends a line at characters that JSON strings may hold, such as U+2028.
+        lines = ((n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip())
         return [_row(line, f"{path}:{n}") for n, line in islice(lines, limit)]
     from datasets import load_dataset
 
@@ -46,17 +48,17 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
     return [_row(row, f"{source}[{n}]") for n, row in enumerate(islice(rows, limit))]
 
 
-def _shards(folder: Path, side: str) -> list[Path]:
+def _shard_rows(folder: Path, side: str) -> Iterator[Row]:
     found = sorted(folder.glob(f"{side}-*.jsonl"))
     if not found:
         raise ValueError(f"{folder} has no {side}-*.jsonl; give a folder of mimo-qat generate-data, or a .jsonl file")
-    return found
+    for path in found:
+        yield from read_rows(path)
 
 
 def load_generated(folder: str | Path) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows) of a folder that `mimo-qat generate-data` wrote."""
-    train, held_out = ([r for f in _shards(Path(folder), side) for r in read_rows(f)] for side in ("train", "held_out"))
-    return train, held_out
+    return list(_shard_rows(Path(folder), "train")), list(_shard_rows(Path(folder), "held_out"))
 
 
 def _row(row: str | Row, where: str) -> Row:
@@ -113,6 +115,21 @@ def split_rows(rows: Iterable[Row], held_out: float, seed: int = 0) -> tuple[lis
     kept = [r for digest, _, r in keyed if not is_held_out(digest, held_out)]
     held = [r for digest, _, r in keyed if is_held_out(digest, held_out)]
     return kept, held
+
+
+def read_split(
+    source: str | Path, held_out: float, seed: int = 0, limit: int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of a dataset: as `split_rows` divides its first `limit` rows.
+
+    A folder of `mimo-qat generate-data` is divided already, by its prompts, and stays so: its answers to one prompt
+    begin differently where the prompt is a short text, so that a hash of the rows could put them on both sides. There
+    `limit` is of training rows.
+    """
+    if str(source) not in CORPORA and Path(source).is_dir():
+        kept, held = load_generated(source)
+        return kept[:limit], held
+    return split_rows(read_rows(source, limit=limit), held_out, seed)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -217,6 +234,11 @@ def pack(examples: list[dict[str, list[int]]], max_length: int, pad_id: int) -> 
     return out | {"position_ids": positions(out["doc_ids"])}
 
 
+def pack_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Packed:
+    """`pack` of `tokenize_rows`."""
+    return pack(tokenize_rows(rows, tokenizer, max_length), max_length, tokenizer.pad_token_id or 0)
+
+
 def positions(doc_ids: torch.Tensor) -> torch.Tensor:
     """`position_ids` [rows, length] that restart where `doc_ids` [rows, length] changes."""
     at = torch.arange(doc_ids.shape[1]).expand_as(doc_ids)
@@ -234,7 +256,8 @@ class PackConfig:
     output: str
     """.safetensors file to write"""
     dataset_name: str = "stdlib"
-    """rows: a .jsonl file, a hub dataset, "stdlib" or "site-packages" """
+    """rows: a .jsonl file, a folder of mimo-qat generate-data, a hub dataset, "stdlib", "functions" or
+    "site-packages"; such a folder keeps its own held-out rows"""
     limit: int | None = None
     """read only the first rows of the dataset"""
     held_out: float = 0.1
@@ -245,18 +268,11 @@ class PackConfig:
     """of the split"""
 
 
-def split_and_pack(rows: list[Row], tokenizer: Any, config: Any) -> tuple[Packed, Packed]:
-    """(training, held-out) packed rows; `config` has max_length, held_out and seed."""
-    pad = tokenizer.pad_token_id or 0
-    kept, held = (
-        pack(tokenize_rows(part, tokenizer, config.max_length), config.max_length, pad)
-        for part in split_rows(rows, config.held_out, config.seed)
-    )
-    return kept, held
+def load_packed(path: str | Path, max_length: int | None = None) -> tuple[Packed, Packed]:
+    """(training, held-out) rows of a file that `mimo-qat pack` wrote, as `pack` returns them.
 
-
-def load_packed(path: str | Path) -> tuple[Packed, Packed]:
-    """(training, held-out) rows of a file that `mimo-qat pack` wrote, as `pack` returns them."""
+    ValueError where its rows are not of `max_length` tokens.
+    """
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
@@ -268,6 +284,9 @@ def load_packed(path: str | Path) -> tuple[Packed, Packed]:
             raise ValueError(f"{path} has no {part} rows; write it with mimo-qat pack")
         rows = {name: stored[f"{part}.{name}"].long() for name in names}
         both.append(rows | {"position_ids": positions(rows["doc_ids"])})
+    length = both[0]["input_ids"].shape[1]
+    if max_length not in (None, length):
+        raise ValueError(f"{path} has rows of {length} tokens, max_length is {max_length}; set it to the file's")
     return both[0], both[1]
 
 
@@ -277,8 +296,9 @@ def main(config: PackConfig) -> dict[str, Any]:
 
     from mimo_qat.provenance import atomic_write
 
-    rows = read_rows(config.dataset_name, limit=config.limit)
-    kept, held = split_and_pack(rows, load_tokenizer(config.model), config)
+    tokenizer = load_tokenizer(config.model)
+    sides = read_split(config.dataset_name, config.held_out, config.seed, config.limit)
+    kept, held = (pack_rows(side, tokenizer, config.max_length) for side in sides)
     narrow = {"input_ids": torch.int32, "loss_mask": torch.uint8, "doc_ids": torch.int16}
     stored = {
         f"{part}.{name}": packed[name].to(dtype).contiguous()

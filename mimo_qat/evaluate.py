@@ -93,11 +93,10 @@ def evaluation_rows(config: EvaluateConfig, tokenizer: Any) -> data.Packed:
     if config.dataset_name.endswith(".safetensors"):
         held_out = data.load_packed(config.dataset_name)[1]
     else:
-        rows = data.split_rows(data.read_rows(config.dataset_name), config.held_out, config.seed)[1]
+        rows = data.read_split(config.dataset_name, config.held_out, config.seed)[1]
         # A row of text fills a packed row at best; tokenizing all of a large dataset would outlast the evaluation.
         rows = rows[: 4 * config.rows * max(1, config.max_length // 256)]
-        examples = data.tokenize_rows(rows, tokenizer, config.max_length)
-        held_out = data.pack(examples, config.max_length, tokenizer.pad_token_id or 0)
+        held_out = data.pack_rows(rows, tokenizer, config.max_length)
     count = len(held_out["input_ids"])
     if count < 2:
         raise ValueError(

@@ -94,8 +94,7 @@ class Study:
         }
 
     def packed(self, rows: list[data.Row]) -> data.Packed:
-        length = self.options.max_length
-        return data.pack(data.tokenize_rows(rows, self.tokenizer, length), length, self.tokenizer.pad_token_id or 0)
+        return data.pack_rows(rows, self.tokenizer, self.options.max_length)
 
     def config(self, name: str, steps: int, changes: dict[str, Any]) -> DistillConfig:
         settings = {

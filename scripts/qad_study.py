@@ -149,7 +149,7 @@ class Study:
 
     def baselines(self, trainer: Trainer) -> None:
         """The rows that need no training; the reference comes first."""
-        _, held = data.load_packed(self.options.data)
+        _, held = data.load_packed(self.options.data, self.options.max_length)
         order = torch.randperm(len(held["input_ids"]), generator=torch.Generator().manual_seed(1))
         rows = {k: v[order[: self.options.eval_rows]] for k, v in held.items()}
         engine = trainer.engine

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_generated, load_packed, load_tokenizer, pack, read_rows, split_rows, tokenize_rows
+from mimo_qat.data import load_packed, load_tokenizer, pack_rows, read_rows, read_split
 from mimo_qat.distill.blocks import Blocks, attention_masks, blocks_at, sample_anchors
 from mimo_qat.distill.config import FREE_ON_RESUME, DistillConfig
 from mimo_qat.distill.evaluate import evaluate
@@ -304,30 +304,18 @@ def whole(batch: Batch, size: int) -> Batch:
 
 def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list[list[int]], set[int]]:
     """(training rows, held-out rows, held-out prompts as token ids, every id that occurs)."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    def packed(rows: list) -> Batch:
-        return pack(tokenize_rows(rows, tokenizer, config.max_length), config.max_length, pad)
-
     held_rows = read_rows(config.eval_data) if config.eval_data is not None else None
     if config.data.endswith(".safetensors"):
-        train, held = load_packed(config.data)
-        if train["input_ids"].shape[1] != config.max_length:
-            raise ValueError(
-                f"{config.data} has rows of {train['input_ids'].shape[1]} tokens, max_length is {config.max_length}; "
-                "set it to the file's"
-            )
+        train, held = load_packed(config.data, config.max_length)
         if held_rows is None and config.eval_prompts:
             raise ValueError(f"{config.data} holds no prompts to decode; give eval_data, or set eval_prompts to 0")
-        held = held if held_rows is None else packed(held_rows)
+        held = held if held_rows is None else pack_rows(held_rows, tokenizer, config.max_length)
     else:
         if held_rows is not None:
             kept = read_rows(config.data)
-        elif Path(config.data).is_dir():
-            kept, held_rows = load_generated(config.data)
         else:
-            kept, held_rows = split_rows(read_rows(config.data), config.eval_fraction, config.seed)
-        train, held = packed(kept), packed(held_rows)
+            kept, held_rows = read_split(config.data, config.eval_fraction, config.seed)
+        train, held = (pack_rows(rows, tokenizer, config.max_length) for rows in (kept, held_rows))
     if not train["loss_mask"].any():
         raise ValueError(
             f"{config.data} leaves no assistant token to train on after holding rows out; give more answers"

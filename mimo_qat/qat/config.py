@@ -14,7 +14,8 @@ class QatConfig:
     output_dir: str
     """folder to write: snapped BF16 model, metrics.jsonl, held_out.jsonl, checkpoints/"""
     dataset_name: str = "stdlib"
-    """training rows: a .jsonl file, a hub dataset, "stdlib", "site-packages" or a file of mimo-qat pack"""
+    """training rows: a .jsonl file, a hub dataset, "stdlib", "functions", "site-packages", or, with held-out rows of
+    their own, a folder of mimo-qat generate-data or a file of mimo-qat pack"""
     held_out: float = 0.1
     """fraction of rows, chosen by a hash of the prompt, that is evaluated and never trained on"""
     eval_rows: int = 8

@@ -142,33 +142,19 @@ class Trainer:
         return SnappedCopy(experts, rule, transposed=transposed, others=others, master_dtype=dtype)
 
     def _data(self) -> tuple[data.Packed, data.Packed]:
-        config = self.config
-        per_step = (
-            config.per_device_train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        config, per_step = self.config, self.rows_a_step()
         if config.dataset_name.endswith(".safetensors"):
-            train, held_out = data.load_packed(config.dataset_name)
-            if train["input_ids"].shape[1] != config.max_length:
-                raise ValueError(
-                    f"{config.dataset_name} has rows of {train['input_ids'].shape[1]} tokens, max_length is "
-                    f"{config.max_length}; set it to the file's length"
-                )
+            train, held_out = data.load_packed(config.dataset_name, config.max_length)
         else:
-            # A row of text fills a packed row at best; reading and tokenizing more would outlast a short run.
-            wanted = 4 * max(1, config.max_length // 256) * (per_step * config.max_steps + config.eval_rows)
-            rows = data.read_rows(config.dataset_name, limit=None if config.dataset_name in data.CORPORA else wanted)
-            kept, held = data.split_rows(rows, config.held_out, config.seed)
+            # A packed row takes few rows of text; reading and tokenizing more would outlast a short run.
+            texts = 4 * max(1, config.max_length // 256)
+            wanted = {"train": texts * per_step * config.max_steps, "held_out": texts * config.eval_rows}
+            limit = None if config.dataset_name in data.CORPORA else sum(wanted.values())
+            kept, held = data.read_split(config.dataset_name, config.held_out, config.seed, limit)
             if self.accelerator.is_main_process:
                 data.write_rows(self.out / "held_out.jsonl", held)
-            train, held_out = (
-                data.pack(
-                    data.tokenize_rows(part[: 4 * limit * max(1, config.max_length // 256)], self.tokenizer, size),
-                    size,
-                    self.tokenizer.pad_token_id or 0,
-                )
-                for size in [config.max_length]
-                for part, limit in ((kept, per_step * config.max_steps), (held, config.eval_rows))
-            )
+            train = data.pack_rows(kept[: wanted["train"]], self.tokenizer, config.max_length)
+            held_out = data.pack_rows(held[: wanted["held_out"]], self.tokenizer, config.max_length)
         if len(train["input_ids"]) < per_step or not len(held_out["input_ids"]):
             raise ValueError(
                 f"{config.dataset_name}: {len(train['input_ids'])} packed training rows for steps of {per_step}, and "
@@ -181,7 +167,7 @@ class Trainer:
         """The micro-batches of this process at `step`; a function of the step alone, so resuming needs no cursor."""
         config, rows = self.config, len(self.train_rows["input_ids"])
         size, rank = config.per_device_train_batch_size, self.accelerator.process_index
-        per_step = size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        per_step = self.rows_a_step()
         steps_an_epoch = rows // per_step
         generator = torch.Generator().manual_seed(config.seed + step // steps_an_epoch)
         order = torch.randperm(rows, generator=generator)

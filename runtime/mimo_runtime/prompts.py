@@ -26,7 +26,7 @@ def load_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     if not path.is_file():
         raise ValueError(f'{path} does not exist; give a .jsonl file of {{"prompt": ..., "domain": ...}}')
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -124,12 +124,28 @@ def test_packed_file_gives_back_what_was_packed(tmp_path, monkeypatch):
         model="m", output=str(tmp_path / "p.safetensors"), dataset_name=str(tmp_path / "rows.jsonl"), max_length=48
     )
     document = data.main(config)
-    expected = data.split_and_pack(rows, CharTokenizer(), config)
+    expected = [data.pack_rows(part, CharTokenizer(), 48) for part in data.split_rows(rows, config.held_out)]
     for ours, theirs in zip(data.load_packed(config.output), expected, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert document["tokens"] + document["held_out_tokens"] == sum(len(r["text"]) for r in rows)
     with pytest.raises(ValueError, match="write it with mimo-qat pack"):
         data.load_packed(tmp_path / "none.safetensors")
+
+
+def test_a_generated_folder_keeps_its_own_split(tmp_path):
+    """Answers to a prompt shorter than what identifies a text would fall on both sides of a split of the rows."""
+    answers = {side: [{"text": f"{side} {i % 9} {i}"} for i in range(90)] for side in ("train", "held_out")}
+    for side, rows in answers.items():
+        data.write_rows(tmp_path / f"{side}-00000.jsonl", rows[:50])
+        data.write_rows(tmp_path / f"{side}-00001.jsonl", rows[50:])
+    assert data.read_split(tmp_path, held_out=0.5) == (answers["train"], answers["held_out"])
+    assert data.read_split(tmp_path, held_out=0.5, limit=60) == (answers["train"][:60], answers["held_out"])
+
+
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):
+    row = {"text": "one\u2028two\x85three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert data.read_rows(tmp_path / "rows.jsonl") == [row]
 
 
 def test_limit_reads_no_further(tmp_path):

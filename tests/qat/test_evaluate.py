@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import pack, read_rows, split_and_pack
+from mimo_qat.data import pack, pack_rows, read_split
 from mimo_qat.evaluate import (
     Bench,
     EvaluateConfig,
@@ -246,7 +246,8 @@ def test_help_lists_every_field():
 
 def test_packed_file_gives_its_held_out_rows(folder):
     c = config(folder, held_out=0.5)
-    kept, held = split_and_pack(read_rows(c.dataset_name), character_tokenizer(), c)
+    sides = read_split(c.dataset_name, c.held_out, c.seed)
+    kept, held = (pack_rows(side, character_tokenizer(), c.max_length) for side in sides)
     write_packed(folder / "rows.safetensors", kept, held)
     rows = evaluation_rows(replace(c, dataset_name=str(folder / "rows.safetensors"), rows=3), None)
     drawn = torch.randperm(len(held["input_ids"]), generator=torch.Generator().manual_seed(0))[:3]
