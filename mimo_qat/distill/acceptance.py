@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_tokenizer, pack, read_rows, tokenize_rows
+from mimo_qat.data import load_generated, load_tokenizer, pack_rows, read_rows
 from mimo_qat.distill.generate import end_token_ids
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.distill.replay import Text, replay, summary
@@ -37,8 +37,9 @@ class AcceptanceConfig:
     drafter: str
     """drafter folder, or a release that holds one"""
     data: str
-    """rows that the target answered: a .jsonl file or a dataset on the hub; the fields "domain" and "temperature" of a
-    row, where it has them, decide where it is counted, and "prompt_ids" and "answer_ids" are taken as they are"""
+    """rows that the target answered: the held-out ones of a folder of `mimo-qat generate-data`, a .jsonl file or a
+    dataset on the hub; the fields "domain" and "temperature" of a row, where it has them, decide where it is counted,
+    and "prompt_ids" and "answer_ids" are taken as they are"""
     limit: int | None = None
     """use only the first rows"""
     max_length: int = 2048
@@ -55,33 +56,21 @@ class AcceptanceConfig:
     """PNG file of the survival curves of every domain"""
 
 
-def examples_of(rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """Token ids and loss mask of each answer: the ids that the target wrote where rows have them, else tokenized text.
-
-    Text tokenized again may give other tokens, and the template ends a cut answer too.
-    """
-    examples = []
-    for row in rows:
-        if "answer_ids" in row:
-            ids = [*row["prompt_ids"], *row["answer_ids"]]
-            mask = [0] * len(row["prompt_ids"]) + [1] * len(row["answer_ids"])
-            examples.append({"input_ids": ids[:max_length], "loss_mask": mask[:max_length]})
-        else:
-            examples += tokenize_rows([row], tokenizer, max_length)
-    return examples
-
-
 def replay_groups(
     config: AcceptanceConfig, target: Any, drafter: Any, tokenizer: Any
 ) -> dict[tuple[str, float | None], list[Text]]:
-    """Replayed texts of each (domain, temperature). Rows of one group are packed together."""
+    """Replayed texts of each (domain, temperature). Rows of one group are packed together.
+
+    Answers without their token ids are tokenized again, which may give other tokens, and the template ends a cut one.
+    """
+    generated = Path(config.data).is_dir()
+    answers = load_generated(config.data)[1] if generated else read_rows(config.data, limit=config.limit)
     groups = defaultdict(list)
-    for row in read_rows(config.data, limit=config.limit):
+    for row in answers[: config.limit]:
         groups[row.get("domain", "all"), row.get("temperature")].append(row)
-    ends, pad = end_token_ids(target, tokenizer), tokenizer.pad_token_id or 0
-    texts = {}
+    ends, texts = end_token_ids(target, tokenizer), {}
     for key, rows in sorted(groups.items(), key=str):
-        batch = pack(examples_of(rows, tokenizer, config.max_length), config.max_length, pad)
+        batch = pack_rows(rows, tokenizer, config.max_length)
         texts[key] = replay(target, drafter, batch, ends, config.tree_budgets, config.chunk_anchors)
     if not any(texts.values()):
         raise ValueError(f"{config.data} has no answer of two tokens or more; give rows that the target answered")

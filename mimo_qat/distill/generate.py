@@ -13,7 +13,6 @@ them in manifest.json. Looping answers are dropped: they inflate acceptance and 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -27,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.corpora import CORPORA
+from mimo_qat.corpora import CORPORA, digest
 from mimo_qat.data import hash_of, is_held_out, load_tokenizer, prompt_of, read_rows, write_rows
 from mimo_qat.distill.decoder import Decoded, Decoder, Job
 from mimo_qat.distill.evaluate import distinct_3
@@ -84,17 +83,14 @@ class GenerateDataConfig:
         return (self.held_out_temperatures or []) if held_out else self.temperatures
 
 
-def questions(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
-    """The messages of each row up to its last assistant turn; ValueError for a row that asks nothing."""
-    prompts = []
-    for i, row in enumerate(rows):
-        messages = row.get("messages") or []
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise ValueError(f"row {i} has no prompt; give rows with messages that begin with a user turn")
-        prompts.append(messages)
-    return prompts
+def question(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row up to its last assistant turn; ValueError for a row that asks nothing."""
+    messages = row.get("messages") or []
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(f"no prompt in {str(row)[:80]}; give rows with messages that begin with a user turn")
+    return messages
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> list[list[int]]:
@@ -122,7 +118,7 @@ class Prompt:
 def read_prompts(config: GenerateDataConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
     """(prompts in the order of a hash of (seed, text), counts of what was read and left out).
 
-    Prompts that differ in white space or case only are one prompt.
+    Prompts that differ in white space or case only are one prompt; of a chat all turns count.
     """
     found: dict[str, dict[str, Any]] = {}
     counts = dict.fromkeys(("read", "repeated_prompts", "too_long"), 0)
@@ -132,14 +128,14 @@ def read_prompts(config: GenerateDataConfig, tokenizer: Any) -> tuple[list[Promp
         enough = 2 * config.limit if config.limit and source in CORPORA else None
         for row in read_rows(source, limit=enough):
             counts["read"] += 1
-            asked = {"text": row["text"]} if "messages" not in row else {"messages": questions([row])[0]}
-            text = row["text"] if "text" in asked else prompt_of(asked)
-            key = _digest(" ".join(text.lower().split()))
+            asked = {"text": row["text"]} if "messages" not in row else {"messages": question(row)}
+            text = row["text"] if "text" in asked else " ".join(m["content"] for m in asked["messages"])
+            key = digest(" ".join(text.lower().split()))
             counts["repeated_prompts"] += key in found or key in of_source
             of_source.setdefault(key, {**asked, "domain": row.get("domain", source)})
-        order = sorted(of_source.keys() - found.keys(), key=lambda k: _digest(f"{config.seed}:{k}"))
+        order = sorted(of_source.keys() - found.keys(), key=lambda k: digest(f"{config.seed}:{k}"))
         found |= {key: of_source[key] for key in order[: config.limit]}
-    keys = sorted(found, key=lambda k: _digest(f"{config.seed}:{k}"))
+    keys = sorted(found, key=lambda k: digest(f"{config.seed}:{k}"))
     prompts = []
     for start in range(0, len(keys), 1000):  # the tokenizer uses all cores within one call
         part = [found[key] for key in keys[start : start + 1000]]
@@ -156,17 +152,13 @@ def read_prompts(config: GenerateDataConfig, tokenizer: Any) -> tuple[list[Promp
     return kept, counts
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def shards(config: GenerateDataConfig, prompts: list[Prompt]) -> dict[str, list[Prompt]]:
     """File name -> prompts; a prompt's hash decides its side of the split."""
     out: dict[str, list[Prompt]] = {}
     sides: dict[str, list[Prompt]] = {"train": [], "held_out": []}
     for prompt in prompts:
-        digest = hash_of(prompt_of(prompt.row), config.seed)  # as `split_rows`, which QAD holds out by
-        sides["held_out" if is_held_out(digest, config.held_out) else "train"].append(prompt)
+        order = hash_of(prompt_of(prompt.row), config.seed)  # as `split_rows`, by which QAD holds out its chats
+        sides["held_out" if is_held_out(order, config.held_out) else "train"].append(prompt)
     for side, chosen in sides.items():
         for n, start in enumerate(range(0, len(chosen), config.shard_prompts)):
             out[f"{side}-{n:05d}.jsonl"] = chosen[start : start + config.shard_prompts]

@@ -22,6 +22,7 @@ from mimo_qat.distill.blocks import blocks_at, valid_anchors
 from mimo_qat.distill.evaluate import bootstrap_interval, distinct_3, mean_rounds, ngram_rounds
 from mimo_qat.distill.generate import LOOPING
 from mimo_qat.distill.taps import Taps
+from mimo_qat.distill.train import draft_rows
 from mimo_qat.models.draft_tree import (
     TOP_K,
     Candidates,
@@ -125,8 +126,6 @@ def draft_everywhere(target: Any, drafter: Any, row: Batch, taps: torch.Tensor, 
 
     Every chunk has the same shape (the last is filled up with invalid blocks), so that kernels are compiled once.
     """
-    from mimo_qat.distill.train import draft_rows  # which imports this module
-
     embed, head = target.get_input_embeddings(), target.get_output_embeddings()
     device, size = taps.device, drafter.config.block_size
     anchors = valid_anchors(row["loss_mask"], row["doc_ids"])[0].nonzero()[:, 0]

@@ -23,7 +23,7 @@ from mimo_qat.data import load_packed, load_tokenizer, pack_rows, read_rows, rea
 from mimo_qat.distill.blocks import Blocks, attention_masks, blocks_at, sample_anchors
 from mimo_qat.distill.config import FREE_ON_RESUME, DistillConfig
 from mimo_qat.distill.evaluate import evaluate
-from mimo_qat.distill.generate import end_token_ids, prompt_ids, questions
+from mimo_qat.distill.generate import end_token_ids, prompt_ids, question
 from mimo_qat.distill.objective import Objective, Sums, head_loss, metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.start import new_drafter, pick_mask_token, warm_start
@@ -320,9 +320,11 @@ def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list
         raise ValueError(
             f"{config.data} leaves no assistant token to train on after holding rows out; give more answers"
         )
-    asked = [row for row in held_rows or () if "messages" in row][: config.eval_prompts]
+    # A prompt that was answered at several temperatures is decoded once.
+    asked = {str(question(row)): question(row) for row in held_rows or () if "messages" in row}
+    prompts = list(asked.values())[: config.eval_prompts]
     used = {int(i) for part in (train, held) for i in part["input_ids"].unique()}
-    return train, held, prompt_ids(tokenizer, questions(asked)), used
+    return train, held, prompt_ids(tokenizer, prompts), used
 
 
 def distill(

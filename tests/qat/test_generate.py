@@ -11,7 +11,7 @@ from mimo_qat import data
 from mimo_qat.distill import decoder as decoding
 from mimo_qat.distill.decoder import Decoder, Job, choose, uniforms
 from mimo_qat.distill.evaluate import greedy
-from mimo_qat.distill.generate import GenerateDataConfig, Prompt, answer, main, questions, read_prompts, shards
+from mimo_qat.distill.generate import GenerateDataConfig, Prompt, answer, main, question, read_prompts, shards
 from tests.qat.conftest import character_tokenizer
 
 PROMPTS = [[17, 3, 99, 200, 41, 7], [5], [60, 61, 62], list(range(100, 133)), [9, 8]]
@@ -63,9 +63,9 @@ def test_a_prompt_too_long_for_the_cache_is_refused(tiny_model):
 
 def test_questions_end_before_the_last_answer():
     turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
-    assert questions([{"messages": turns}]) == [turns[:3]]
-    with pytest.raises(ValueError, match="row 0"):
-        questions([{"text": "prose"}])
+    assert question({"messages": turns}) == turns[:3]
+    with pytest.raises(ValueError, match=r"no prompt in .*prose"):
+        question({"text": "prose"})
 
 
 class Scripted:
@@ -129,6 +129,18 @@ def test_prompts_are_unique_and_split_once(settings):
         assert name.startswith("held_out") == (p.key in held)
     fewer, _ = read_prompts(GenerateDataConfig(**settings | {"limit": 7}), character_tokenizer())
     assert {p.key for p in fewer} < {p.key for p in prompts} and len(fewer) == 7
+
+
+def test_chats_that_begin_alike_are_different_prompts_of_one_side(settings, learnable):
+    chats = [[("user", "Hello"), ("assistant", "Hi"), ("user", f"Question {i}")] for i in range(6)]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
+    data.write_rows(learnable / "chats.jsonl", [*rows, {"messages": rows[0]["messages"][:1]}])
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = GenerateDataConfig(**settings | {"prompts": [str(learnable / "chats.jsonl")]})
+    prompts, counts = read_prompts(config, tokenizer)
+    assert len(prompts) == 7 and counts["repeated_prompts"] == 0
+    assert len({name.split("-")[0] for name in shards(config, prompts)}) == 1
 
 
 def test_a_continued_run_and_two_processes_write_the_same_files(settings, learnable, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run as run_verb
+from mimo_qat.data import write_rows
 from mimo_qat.distill import evaluate as decode
-from mimo_qat.distill.acceptance import examples_of
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.distill.replay import Span, answer_spans, replay, replayed_acceptance, walk_rounds
 from mimo_qat.distill.train import DistillConfig, Distiller, new_drafter
@@ -177,8 +177,16 @@ def test_the_command_reports_by_domain_and_temperature(learnable, tiny_model, tm
         "max_length": 128, "chunk_anchors": 32, "tree_budgets": [6], "output": tmp_path / "out.json",
         "plot": tmp_path / "survival.png",
     }  # fmt: skip
-    assert run_verb("mimo-qat", "", VERBS, ["acceptance", *(f"--{k}={v}" for k, v in flags.items())]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def acceptance(**other):
+        given = [f"--{k}={v}" for k, v in (flags | other).items()]
+        assert run_verb("mimo-qat", "", VERBS, ["acceptance", *given]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    document = acceptance()
+    for side, part in (("train", rows[:2]), ("held_out", rows)):
+        write_rows(tmp_path / "answers" / f"{side}-00000.jsonl", part)
+    assert acceptance(data=tmp_path / "answers")["by_domain"] == document["by_domain"]  # its held-out answers
     assert document["texts"] == 5 and document["looping"]["texts"] == 1 and document["cap"] == SIZE
     assert {k: v["texts"] for k, v in document["by_domain"].items()} == {"chat": 3, "code": 2}
     assert {k: v["texts"] for k, v in document["by_temperature"].items()} == {"0.0": 2, "1.0": 3}
@@ -216,8 +224,3 @@ def test_ngram_lookup_equals_a_search_of_the_whole_text():
             expected.append(right + 1)
         at += right + 1
     assert decode.ngram_rounds(prompt, tokens, SIZE) == expected and max(expected) > 2
-
-
-def test_token_ids_of_a_row_are_taken_as_they_are():
-    row = {"messages": "not looked at", "prompt_ids": [4, 5], "answer_ids": [6, 7, 8]}
-    assert examples_of([row], None, 4) == [{"input_ids": [4, 5, 6, 7], "loss_mask": [0, 0, 1, 1]}]
