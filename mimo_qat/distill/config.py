@@ -81,7 +81,7 @@ class DistillConfig:
     adam_beta2: float = 0.95
     """second moment of AdamW"""
     max_grad_norm: float = 1.0
-    """gradient norm limit"""
+    """gradient clipping; 0 turns it off"""
     schedule: Schedule = "wsd"
     """wsd: warm-up, stable, then linear decay over the last `decay_ratio`"""
     warmup_ratio: float = 0.04
@@ -134,6 +134,9 @@ class DistillConfig:
         for name in ("finish_ratio", "warmup_ratio", "decay_ratio", "eval_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        for name in ("max_steps", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.block_size < 2:
             raise ValueError(f"block_size is {self.block_size}; a block is an anchor and at least one draft")
 
@@ -149,7 +152,7 @@ class DistillConfig:
         return any(self.objective(step).needs_target for step in (0, self.max_steps - 1))
 
 
-# What may change between a killed run and its continuation without changing the weights.
+# What may change between a killed run and its continuation: what leaves the weights alone, and paths, which may move.
 FREE_ON_RESUME = frozenset(
     "target output_dir data logging_steps eval_steps save_steps resume_from_checkpoint eval_prompts "
     "eval_max_new_tokens report_to cache_taps".split()

@@ -100,11 +100,14 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, denominator: torch.Tensor, max_grad_norm: float | None = None) -> torch.Tensor:
-        """One update with gradients divided by `denominator` (a scalar); returns their norm before clipping."""
+        """One update with gradients divided by `denominator` (a scalar); returns their norm before clipping.
+
+        `max_grad_norm` 0 does not clip, as None.
+        """
         grads = self.gradients()
         torch._foreach_div_(grads, denominator.float().clamp(min=1e-12))
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        if max_grad_norm is not None:
+        if max_grad_norm:
             torch._foreach_mul_(grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -76,10 +76,13 @@ class QatConfig:
     seed: int = 0
     """order of the data"""
 
-    def check(self) -> None:
-        """ValueError for settings that exclude each other."""
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; train for at least one step")
+    def __post_init__(self) -> None:
+        for name in (
+            *("max_steps", "logging_steps", "eval_steps", "eval_rows"),
+            *("per_device_train_batch_size", "gradient_accumulation_steps"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not (self.kl_weight or self.ce_weight or self.hidden_weight):
             raise ValueError("kl_weight, ce_weight and hidden_weight are all 0; nothing would be learned")
         if self.scale_rule == "none" and self.kl_weight and not self.ce_weight:

@@ -39,7 +39,8 @@ def first_element(tensor: torch.Tensor) -> int:
         return 0
     assert tuple(tensor.placements) == (Shard(0),), f"{tensor.placements}: blocks stay whole only if rows do"
     rows_each = -(-len(tensor) // tensor.device_mesh.size())  # FSDP2 deals rows as torch.chunk does
-    return min(tensor.device_mesh.get_local_rank() * rows_each, len(tensor)) * tensor[0].numel()
+    row = tensor.shape[1:].numel()  # not tensor[0], which would gather all rows
+    return min(tensor.device_mesh.get_local_rank() * rows_each, len(tensor)) * row
 
 
 def adamw(weights: list[torch.Tensor]) -> torch.optim.AdamW:

@@ -30,7 +30,7 @@ from mimo_qat.qat import shard, state
 from mimo_qat.qat.config import FREE, QatConfig, learning_rate
 from mimo_qat.qat.experts import TokenCounts, expert_parameters, match_report, transposed_experts
 from mimo_qat.qat.hook import HookEngine
-from mimo_qat.qat.objective import agreement, chunked_loss, forward_kl, hidden_loss, next_tokens
+from mimo_qat.qat.objective import agreement, chunked_loss, hidden_loss, next_tokens
 from mimo_qat.qat.snap import SnappedCopy
 
 
@@ -82,7 +82,6 @@ class Trainer:
     """One run: data, engine, optimizer, and what a step, an evaluation and a checkpoint are."""
 
     def __init__(self, config: QatConfig):
-        config.check()
         self.config = config
         log_with = None if config.report_to == "none" else config.report_to
         self.accelerator = Accelerator(log_with=log_with, project_dir=config.output_dir)
@@ -109,7 +108,6 @@ class Trainer:
         self.matched = match_report(self.model)
         self.counts = TokenCounts(self.model)
         self.engine = self._engine()
-        self.optimizer = self.engine.optimizer
         self.biases = [b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")]
         if config.balance_rate and not self.biases:
             raise ValueError("balance_rate needs routers with an e_score_correction_bias; leave it at 0 for this model")
@@ -255,8 +253,8 @@ class Trainer:
             student, labels = self.hidden(batch), next_tokens(batch)[batch["doc_ids"] >= 0]
             with self.engine.teacher():
                 teacher = self.hidden(batch)
-            kl += float(forward_kl(student, teacher, head))
-            ce += float(chunked_loss(student, None, labels, head, 0.0, 1.0)[2])
+            _, batch_kl, batch_ce = chunked_loss(student, teacher, labels, head, 1.0, 1.0)
+            kl, ce = kl + float(batch_kl), ce + float(batch_ce)
             same += agreement(student, teacher, head)
             tokens, labelled = tokens + len(student), labelled + int((labels >= 0).sum())
         return {

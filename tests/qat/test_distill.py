@@ -134,6 +134,11 @@ def test_step_divides_by_the_denominator_then_clips():
     norm = optimizer.step(0.0, denominator=torch.tensor(10.0), max_grad_norm=1.0)
     assert math.isclose(norm.item(), 10.0, rel_tol=1e-6)
     assert torch.allclose(optimizer.optimizers[0].state_dict()["state"][0]["exp_avg"], torch.tensor([[0.06, 0.08]]))
+    unclipped = MasterOptimizer(model, "adamw")
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    unclipped.accumulate()
+    unclipped.step(0.0, denominator=torch.tensor(10.0), max_grad_norm=0.0)
+    assert torch.allclose(unclipped.optimizers[0].state_dict()["state"][0]["exp_avg"], torch.tensor([[0.3, 0.4]]))
 
 
 def test_muon_takes_matrices_and_leaves_norms_sinks_and_the_mask_vector(tiny_model, tmp_path):

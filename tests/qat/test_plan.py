@@ -116,7 +116,7 @@ def test_state_of_the_trainer_is_exact_to_the_byte(tiny_config, tmp_path):
     assert nbytes(engine.masters.values()) == planned["masters"]
     assert nbytes(engine.originals.values()) == planned["teacher"]
     assert nbytes(model.parameters()) + nbytes(model.buffers()) == planned["frozen"] + planned["copies"]
-    states = trainer.optimizer.state.values()
+    states = trainer.engine.optimizer.state.values()
     assert nbytes(t for state in states for t in state.values() if torch.is_tensor(t)) == planned["adam"]
 
 

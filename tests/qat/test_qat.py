@@ -112,6 +112,20 @@ def test_gradients_of_other_parameters_stay_off(tiny_model):
     assert all(m.grad is not None for m in engine.masters.values())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eval_steps": 0}, "eval_steps is 0; it must be 1 or more"),
+        ({"kl_weight": 0.0}, "nothing would be learned"),
+        ({"scale_rule": "none"}, "set ce_weight"),
+        ({"engine": "hook", "train": "body"}, "trains FP32 experts alone"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **wrong)
+
+
 def test_float32_model_is_refused(tiny_model):
     with pytest.raises(ValueError, match="load the model in bfloat16"):
         SnappedCopy(expert_parameters(tiny_model))

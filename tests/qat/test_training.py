@@ -48,6 +48,8 @@ def test_the_last_steps_take_the_finishing_loss(tmp_path):
     assert settings(tmp_path, selector_weight=0.7).objective(0) == Objective("ce", None, 0.7)
     with pytest.raises(ValueError, match="finish_ratio"):
         settings(tmp_path, finish_ratio=1.5)
+    with pytest.raises(ValueError, match="logging_steps is 0"):
+        settings(tmp_path, logging_steps=0)
 
 
 @pytest.mark.parametrize("finish", ["tv", "e2e-tv"])
