@@ -155,7 +155,9 @@ def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchC
     """Runs every prompt plainly, with chains and with trees, in turn, so that a slow minute of the machine hits all."""
     ways = {"drafted": False} if engine.drafter is not None or cfg.forced_acceptance is not None else {}
     ways |= {"tree": True} if cfg.tree_budget else {}
-    for tree in ways.values() or (False,):  # warm-up, not counted
+    # A warm-up of each way, not counted: the first round loads kernels, or captures the graph of its way alone.
+    engine.generate(prompts[0][1], _short(cfg), speculate=False)
+    for tree in ways.values():
         engine.generate(prompts[0][1], _short(cfg), tree=tree, forced_acceptance=cfg.forced_acceptance)
     runs = []
     for i, (prompt, ids) in enumerate(prompts):

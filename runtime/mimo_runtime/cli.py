@@ -24,25 +24,15 @@ mimo-runtime VERB --help lists the fields of a verb; --print_config prints them 
 
 def generate(cfg: GenerateConfig) -> None:
     """Generates after one prompt and prints the text as it is committed; speed goes to standard error."""
+    from mimo_runtime.detokenize import Decoder, Detokenizer
     from mimo_runtime.engine import Engine
     from mimo_runtime.prompts import encode, load_tokenizer
 
     tokenizer = load_tokenizer(cfg.folder)
     ids = encode(tokenizer, sys.stdin.read() if cfg.prompt is None else cfg.prompt, cfg.chat)
-    engine = Engine(cfg.folder, cfg)
-    tokens: list[int] = []
-    printed = ""
-
-    def show(new: list[int]) -> None:
-        nonlocal printed
-        tokens.extend(new)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
-
-    out = engine.generate(ids, cfg, on_tokens=show)
-    print(tokenizer.decode(tokens, skip_special_tokens=True)[len(printed) :])
+    engine, text = Engine(cfg.folder, cfg), Detokenizer(Decoder(tokenizer))
+    out = engine.generate(ids, cfg, on_tokens=lambda tokens: print(text.push(tokens), end="", flush=True))
+    print(text.flush())
     full = [r.accepted + 1 for r in out.rounds if not r.cut]
     rate = f", {sum(full) / len(full):.2f} tokens a round" if full and engine.drafter else ""
     print(

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mimo_qat.card import read_results
-from mimo_runtime.bench import acceptance, bytes_per_token, distinct, lookup_rounds
+from mimo_runtime.bench import acceptance, bytes_per_token, distinct, lookup_rounds, measure
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
-from mimo_runtime.engine import Engine
+from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import LoadConfig, load_target
-from mimo_runtime.prompts import load_prompts
+from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
 from mimo_runtime.quality import compare_logits, cut_windows, perplexity
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,24 @@ def test_acceptance_by_hand():
     assert a["hit_rate"] == [0.8, pytest.approx(0.75), pytest.approx(1.0)]
     assert a["ci95"] == [2.5, pytest.approx(10 / 3)]
     assert acceptance([[], []], block=4)["length"] is None
+
+
+@pytest.mark.parametrize("trees", [0, 4])
+def test_every_way_is_warmed_up_before_it_is_timed(trees):
+    """The first call of a way captures its graph; a short one that is not counted has to come before."""
+    calls = []
+
+    class Spy:
+        drafter = "there is one"
+
+        def generate(self, ids, sampling, *, speculate=True, tree=True, forced_acceptance=None):
+            calls.append((speculate, speculate and tree, sampling.max_new_tokens))
+            return Generation(tokens=[1])
+
+    prompts = [(Prompt("a", "code"), [1]), (Prompt("b", "code"), [2])]
+    measure(Spy(), prompts, BenchConfig(folder="f", max_new_tokens=64, tree_budget=trees))  # type: ignore[arg-type]
+    ways = [(False, False), (True, False), *([(True, True)] if trees else [])]
+    assert calls == [(*way, length) for length in (16, 64, 64) for way in ways]
 
 
 def test_lookup_accepts_what_a_copier_would():
@@ -230,7 +248,10 @@ def test_generate_command(with_tokenizer, capsys, tmp_path):
     settings.write_text("max_new_tokens: 12\nmax_len: 64\ndevice: cpu\nprompt: hello\n")
     assert main(["generate", str(release), "--config", str(settings)]) == 0
     out = capsys.readouterr()
-    assert out.out.endswith("\n") and "5 prompt tokens" in out.err and "12 tokens" in out.err
+    assert "5 prompt tokens" in out.err and "12 tokens" in out.err
+    tokenizer, engine = load_tokenizer(release), Engine(release, EngineConfig(max_len=64, device="cpu"))
+    tokens = engine.generate(encode(tokenizer, "hello"), SamplingConfig(max_new_tokens=12)).tokens
+    assert out.out == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) + "\n"
 
 
 @pytest.mark.parametrize("fault", ["no folder", "no tokenizer", "cut file", "wrong drafter", "prompt too long"])
