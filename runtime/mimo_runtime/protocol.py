@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Kind = Literal["chat.completion", "text_completion"]
+
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 ROLES = ("system", "user", "assistant")
 # Fields that are served only with these values, which ask for nothing.
@@ -65,7 +67,7 @@ class Request:
     """A checked request. `prompt` is a conversation (chat), a text, or token ids; `max_tokens` None leaves
     the number to the server."""
 
-    kind: Literal["chat.completion", "text_completion"]
+    kind: Kind
     prompt: list[dict[str, str]] | str | list[int]
     max_tokens: int | None
     temperature: float
@@ -77,7 +79,7 @@ class Request:
     include_usage: bool
 
 
-def parse(body: bytes, kind: Literal["chat.completion", "text_completion"], model: str) -> Request:
+def parse(body: bytes, kind: Kind, model: str) -> Request:
     """Checks the body of a request. ApiError (400, or 404 for another model) names the field and the remedy."""
     fields = _object(body)
     wanted = fields.get("model")
@@ -208,8 +210,8 @@ class Answer:
 
     def __init__(self, request: Request, model: str):
         self.chat, self.include_usage = request.kind == "chat.completion", request.include_usage
-        prefix, kind = ("chatcmpl", request.kind) if self.chat else ("cmpl", request.kind)
-        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
+        number = f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.head = {"id": number, "object": request.kind, "created": int(time.time())}
         self.head["model"] = model
 
     def whole(self, text: str, finish: str, usage: dict[str, int]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import uvicorn
@@ -39,12 +39,11 @@ from mimo_runtime.config import SamplingConfig
 from mimo_runtime.detokenize import Decoder
 from mimo_runtime.engine import Engine
 from mimo_runtime.prompts import encode_messages, load_tokenizer
-from mimo_runtime.protocol import Answer, ApiError, Request, bad, parse, usage
+from mimo_runtime.protocol import Answer, ApiError, Kind, Request, bad, parse, usage
 from mimo_runtime.scheduler import Done, Job, Scheduler, Sessions
 from mimo_runtime.serve_config import ServeConfig
 
 log = logging.getLogger("mimo_runtime.serve")
-Kind = Literal["chat.completion", "text_completion"]
 
 
 class _ClientGone(Exception):
