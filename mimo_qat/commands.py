@@ -29,8 +29,9 @@ def run(prog: str, description: str, verbs: dict[str, Verb], argv: Sequence[str]
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: {prog} VERB [--config FILE.yaml] [--FIELD VALUE ...]\n\n{description}\n\nverbs:")
+        width = max(map(len, verbs))
         for name, verb in verbs.items():
-            print(f"  {name:<10} {verb.help}")
+            print(f"  {name:<{width}} {verb.help}")
         print(f"\n{prog} VERB --help lists the fields of a verb; --print_config prints them as YAML.")
         return 0 if args else 2
     if args[0] == "--version":
