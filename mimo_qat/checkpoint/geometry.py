@@ -340,15 +340,9 @@ class DraftGeometry:
         layers = positive(draft_config, "num_hidden_layers")
         if layers > MAX_LAYERS:
             raise ValueError(f"the drafter's num_hidden_layers is {layers}, more than {MAX_LAYERS}; correct it")
-        hidden, taps_of_conv = positive(draft_config, "hidden_size"), either("conv_kernel_size", 0)
-        if taps_of_conv not in (0, 2):
-            raise ValueError(
-                f"the drafter's conv_kernel_size is {brief(taps_of_conv)}; only 2 is known, export it again"
-            )
-        group = positive({"conv_group_size": either("conv_group_size", 16)}, "conv_group_size")
-        if taps_of_conv and hidden % group:
-            raise ValueError(f"the drafter's conv_group_size {group} does not divide hidden_size {hidden}; correct it")
-        rank = either("selector_rank", 0)
+        hidden = positive(draft_config, "hidden_size")
+        usual = {"conv_kernel_size": 0, "conv_group_size": 16, "selector_rank": 0}
+        conv_groups, selector_rank = _head_sizes(hidden, {key: either(key, value) for key, value in usual.items()})
         return cls(
             hidden_size=hidden,
             num_hidden_layers=layers,
@@ -375,9 +369,19 @@ class DraftGeometry:
             ),
             causal=agreed("causal", draft_config.get("is_causal"), inner.get("causal"), default=False),
             vocab_size=positive(draft_config, "vocab_size"),
-            conv_groups=hidden // group if taps_of_conv else 0,
-            selector_rank=positive({"selector_rank": rank}, "selector_rank") if rank else 0,
+            conv_groups=conv_groups,
+            selector_rank=selector_rank,
         )
+
+
+def _head_sizes(hidden_size: int, head: Config) -> tuple[int, int]:
+    """(groups of a DFlash2 head's convolutions, rank of its selector), each 0 where there is none."""
+    taps, group = head["conv_kernel_size"], positive(head, "conv_group_size")
+    if taps not in (0, 2):
+        raise ValueError(f"the drafter's conv_kernel_size is {brief(taps)}; only 2 is known, export it again")
+    if taps and hidden_size % group:
+        raise ValueError(f"the drafter's conv_group_size {group} does not divide hidden_size {hidden_size}; correct it")
+    return hidden_size // group if taps else 0, positive(head, "selector_rank") if head["selector_rank"] else 0
 
 
 def default_target_layer_ids(geometry: Geometry, taps: int = 5) -> list[int]:
