@@ -117,7 +117,7 @@ def markdown(document: Document) -> str:
 
 def plot_all(document: Document, folder: Path) -> list[Path]:
     """Writes gap_closed.png, kl_survival.png and weight_error.png; without matplotlib one line says so."""
-    plt = plots._pyplot()
+    plt = plots.pyplot()
     if plt is None:
         return []
     rows = document["rows"]
@@ -154,7 +154,7 @@ def _survival_figure(plt: Any, rows: Document, folder: Path) -> Path | None:
         return None
     axes.set(xscale="log", yscale="log", xlabel="KL of a token, nats", ylabel="share of tokens with at least that KL")
     axes.legend()
-    return plots._save(plt, figure, folder / "kl_survival.png")
+    return plots.save_figure(plt, figure, folder / "kl_survival.png")
 
 
 def _layers_figure(plt: Any, rows: Document, folder: Path) -> Path | None:
@@ -167,4 +167,4 @@ def _layers_figure(plt: Any, rows: Document, folder: Path) -> Path | None:
         return None
     axes.set(yscale="log", xlabel="MoE layer", ylabel="relative squared error of the expert weights")
     axes.legend()
-    return plots._save(plt, figure, folder / "weight_error.png")
+    return plots.save_figure(plt, figure, folder / "weight_error.png")

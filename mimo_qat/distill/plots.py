@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mimo_qat.qat.plots import COLOURS, MARKERS, STYLE, _pyplot, _save
+from mimo_qat.qat.plots import COLOURS, MARKERS, STYLE, pyplot, save_figure
 
 
 def plot_survival(curves: Mapping[str, Sequence[float]], path: str | Path) -> Path | None:
@@ -13,7 +13,7 @@ def plot_survival(curves: Mapping[str, Sequence[float]], path: str | Path) -> Pa
     """
     if not curves:
         raise ValueError("no survival curves to plot; give at least one")
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return None
     with plt.rc_context(STYLE):
@@ -27,4 +27,4 @@ def plot_survival(curves: Mapping[str, Sequence[float]], path: str | Path) -> Pa
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="drafts", ylabel="verifications that accept at least so many")
         axes.legend()
-        return _save(plt, figure, path)
+        return save_figure(plt, figure, path)

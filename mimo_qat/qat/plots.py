@@ -28,7 +28,7 @@ STYLE = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """matplotlib.pyplot drawing into files, or None (said in one line) where it is not installed."""
     try:
         import matplotlib
@@ -67,7 +67,7 @@ def plot_run(folder: str | Path) -> Path | None:
     The PTQ line is `kl_rtn` of qat.json, which a finished run has.
     """
     rows = read_metrics(folder)
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return None
     report = Path(folder) / "qat.json"
@@ -88,7 +88,7 @@ def plot_run(folder: str | Path) -> Path | None:
             axes.set_xlabel("training tokens")
             axes.xaxis.set_major_formatter(_si_formatter())
         rate.set_xlim(0, None)
-        return _save(plt, figure, Path(folder) / "curves.png")
+        return save_figure(plt, figure, Path(folder) / "curves.png")
 
 
 def _curve(axes: Any, rows: list[dict[str, Any]], key: str, colour: str, **options: Any) -> None:
@@ -133,7 +133,7 @@ def plot_gap_closed(rows: Sequence[dict[str, Any]], path: str | Path) -> Path | 
     """
     if not rows:
         raise ValueError("no rows to plot; give at least one with label and gap_closed")
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return None
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
@@ -156,7 +156,7 @@ def plot_gap_closed(rows: Sequence[dict[str, Any]], path: str | Path) -> Path | 
         axes.axvline(0, color="black", linewidth=0.8)
         axes.margins(x=0.14)
         axes.set_xlabel("gap closed, % (0 = round-to-nearest PTQ, 100 = unquantized)")
-        return _save(plt, figure, path)
+        return save_figure(plt, figure, path)
 
 
 def plot_token_curve(
@@ -172,7 +172,7 @@ def plot_token_curve(
             raise ValueError(f"{label!r}: a curve needs points with more than 0 tokens")
     if not series:
         raise ValueError("no series to plot; give at least one")
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return None
     with plt.rc_context(STYLE):
@@ -196,7 +196,7 @@ def plot_token_curve(
         axes.set(xlabel="training tokens", ylabel="gap closed, %")
         if len(series) > 1:
             axes.legend()
-        return _save(plt, figure, path)
+        return save_figure(plt, figure, path)
 
 
 def _si_formatter() -> Any:
@@ -211,7 +211,8 @@ def _both_sides(error: Any) -> tuple[float, float]:
     return 100 * below, 100 * above
 
 
-def _save(plt: Any, figure: Any, path: str | Path) -> Path:
+def save_figure(plt: Any, figure: Any, path: str | Path) -> Path:
+    """Writes a figure as PNG, whole or not at all, and closes it; -> `path`."""
     from mimo_qat.provenance import atomic_write
 
     with atomic_write(path) as temporary:

@@ -30,14 +30,14 @@ def drawn(monkeypatch):
     """The axes of the figures that are saved, kept from being closed."""
     pytest.importorskip("matplotlib")
     kept = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(plt, figure, path):
         kept.append(figure.axes)
         figure.canvas.draw()
         return save(plt, figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return kept
 
 
