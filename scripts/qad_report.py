@@ -111,7 +111,8 @@ def records(doc: dict[str, Any], modelopt: dict[str, Any] | None) -> list[dict[s
         out.append(record("step_speedup_vs_modelopt", theirs["step_seconds"] / ours["step_seconds"], "ratio", **more))
     for name, row in doc["rows"].items():
         run = doc["runs"].get(name, {})
-        more = {k: run[k] for k in ("changes", "tokens", "tokens_per_s", "peak_gb", "codes_changed") if k in run}
+        more = {"seed": run.get("changes", {}).get("seed", 0)}
+        more |= {k: run[k] for k in ("changes", "tokens", "tokens_per_s", "peak_gb", "codes_changed") if k in run}
         keep = ("kl_p99", "kl_p99.9", "top1_agreement", "gap_closed", "gap_closed_ci95", "kl_ci95")
         out.append(record(f"kl {name}", row["kl_mean"], "nats/token", **more, **{k: row.get(k) for k in keep}))
     return out

@@ -26,7 +26,6 @@ from mimo_qat.qat.config import QatConfig
 from mimo_qat.qat.train import Trainer
 
 PLAIN = "RTN even"
-PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, from NVIDIA's data sheets
 
 
 def ties_toward_zero(master: torch.Tensor) -> torch.Tensor:
