@@ -102,7 +102,7 @@ class Distiller:
         self.checkpoint_path = Path(config.output_dir) / "checkpoint.pt"
 
     def close(self) -> None:
-        """Ends training: the target's modules are as they were, because those compiled for it decode slowly."""
+        """Ends training: the target runs uncompiled again, because what was compiled for training decodes slowly."""
         self.accelerator.end_training()
         for module in self.target.modules():
             module.__dict__.pop("forward", None)
@@ -364,11 +364,12 @@ def main(config: DistillConfig) -> dict[str, Any]:
     """Trains a DFlash drafter on rows that the frozen target answered, and measures its acceptance length."""
     tokenizer = load_tokenizer(config.target)
     rows, held_out, prompts, used = load_data(config, tokenizer)
-    device = Accelerator(cpu=on_cpu(config)).device
-    target = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, device)
+    accelerator = Accelerator(cpu=on_cpu(config))
+    target = load_model(config.target, torch.bfloat16 if config.bf16 else torch.float32, accelerator.device)
     if config.init_drafter is not None:
         drafter, counts = warm_start(config.init_drafter, config, target)
-        print(f"{config.init_drafter}: " + ", ".join(f"{count} tensors {what}" for what, count in counts.items()))
+        done = ", ".join(f"{count} tensors {what}" for what, count in counts.items())
+        accelerator.print(f"{config.init_drafter}: {done}")
     else:
         mask = config.mask_token_id
         mask = pick_mask_token(tokenizer, target.config.vocab_size, used) if mask is None else mask

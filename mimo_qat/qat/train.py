@@ -84,7 +84,9 @@ class Trainer:
     def __init__(self, config: QatConfig):
         self.config = config
         log_with = None if config.report_to == "none" else config.report_to
-        self.accelerator = Accelerator(log_with=log_with, project_dir=config.output_dir)
+        # Said outright, because accelerate ignores the ranks of a CPU launch by torchrun otherwise.
+        on_cpu = not torch.accelerator.is_available()
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=config.output_dir)
         self.out = Path(config.output_dir)
         set_seed(config.seed)
         # Resuming must give the same bytes. CUDA kernels without a deterministic form warn and run.

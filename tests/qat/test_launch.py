@@ -43,7 +43,7 @@ def config(folder: Path, out: str, **changes) -> QatConfig:
 
 def start(processes: int, *program: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     # What `accelerate launch` starts: it hands several processes of one machine to torchrun.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
