@@ -42,7 +42,7 @@ def read_text(path: str | None, tokenizer: Any) -> Iterator[list[int]]:
     if not path.endswith(".jsonl"):
         yield tokenizer.encode(text, add_special_tokens=False)
         return
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
         try:
             row = json.loads(line)
             messages = row.get("messages")
