@@ -25,8 +25,8 @@ from mimo_qat.corpora import CORPORA, Row
 Packed = dict[str, torch.Tensor]
 
 
-def read_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
-    """The first `limit` (or all) rows of a dataset, in the `messages` (or `text`) form.
+def read_rows(source: str | Path, limit: int | None = None) -> list[Row]:
+    """The first `limit` (or all) training rows of a dataset, in the `messages` (or `text`) form.
 
     With a limit a hub dataset is streamed: nothing after those rows is downloaded. Raises ValueError for a file that is
     not there, a line that is not JSON and a row of no known form.
@@ -44,7 +44,7 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
         return [_row(line, f"{path}:{n}") for n, line in islice(lines, limit)]
     from datasets import load_dataset
 
-    rows = load_dataset(str(source), split=split, streaming=limit is not None)
+    rows = load_dataset(str(source), split="train", streaming=limit is not None)
     return [_row(row, f"{source}[{n}]") for n, row in enumerate(islice(rows, limit))]
 
 
@@ -54,6 +54,19 @@ def _shard_rows(folder: Path, side: str) -> Iterator[Row]:
         raise ValueError(f"{folder} has no {side}-*.jsonl; give a folder of mimo-qat generate-data, or a .jsonl file")
     for path in found:
         yield from read_rows(path)
+
+
+def is_generated(source: str | Path) -> bool:
+    """Whether a dataset is a folder, which `mimo-qat generate-data` divides into training and held-out rows."""
+    return str(source) not in CORPORA and Path(source).is_dir()
+
+
+def read_held_out(source: str | Path, limit: int | None = None) -> list[Row]:
+    """The first `limit` (or all) rows to evaluate on: the held-out ones of a generated folder, else those of the
+    dataset as `read_rows` gives them."""
+    if is_generated(source):
+        return list(islice(_shard_rows(Path(source), "held_out"), limit))
+    return read_rows(source, limit)
 
 
 def load_generated(folder: str | Path) -> tuple[list[Row], list[Row]]:
@@ -126,10 +139,10 @@ def read_split(
     begin differently where the prompt is a short text, so that a hash of the rows could put them on both sides. There
     `limit` is of training rows.
     """
-    if str(source) not in CORPORA and Path(source).is_dir():
+    if is_generated(source):
         kept, held = load_generated(source)
         return kept[:limit], held
-    return split_rows(read_rows(source, limit=limit), held_out, seed)
+    return split_rows(read_rows(source, limit), held_out, seed)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_generated, load_tokenizer, pack_rows, read_rows
+from mimo_qat.data import load_tokenizer, pack_rows, read_held_out
 from mimo_qat.distill.generate import end_token_ids
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.distill.replay import Text, replay, summary
@@ -55,6 +55,10 @@ class AcceptanceConfig:
     plot: str | None = None
     """PNG file of the survival curves of every domain"""
 
+    def __post_init__(self) -> None:
+        if any(b < 1 for b in self.tree_budgets):
+            raise ValueError(f"tree_budgets is {self.tree_budgets}; a tree has 1 node or more")
+
 
 def replay_groups(
     config: AcceptanceConfig, target: Any, drafter: Any, tokenizer: Any
@@ -63,10 +67,8 @@ def replay_groups(
 
     Answers without their token ids are tokenized again, which may give other tokens, and the template ends a cut one.
     """
-    generated = Path(config.data).is_dir()
-    answers = load_generated(config.data)[1] if generated else read_rows(config.data, limit=config.limit)
     groups = defaultdict(list)
-    for row in answers[: config.limit]:
+    for row in read_held_out(config.data, config.limit):
         groups[row.get("domain", "all"), row.get("temperature")].append(row)
     ends, texts = end_token_ids(target, tokenizer), {}
     for key, rows in sorted(groups.items(), key=str):
@@ -115,8 +117,6 @@ def main(config: AcceptanceConfig) -> dict[str, Any]:
     """Acceptance of a drafter over answers of its target, by domain and temperature, by exact replay."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    if any(b < 1 for b in config.tree_budgets):
-        raise ValueError(f"tree_budgets is {config.tree_budgets}; a tree has 1 node or more")
     target = load_model(config.target, dtype, device).eval()
     drafter = load_drafter(config.drafter, dtype, device)
     texts = replay_groups(config, target, drafter, load_tokenizer(config.target))

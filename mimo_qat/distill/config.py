@@ -18,7 +18,8 @@ class DistillConfig:
     """rows the target answered itself (`mimo-qat generate-data`): its folder, a .jsonl file, a dataset on the hub, or a
     .safetensors file of `mimo-qat pack`"""
     eval_data: str | None = None
-    """held-out rows; None takes those of the folder or packed file, or `eval_fraction` of `data` by a hash"""
+    """held-out rows, of a folder its own; None takes those of `data` where it is a folder or a packed file, else
+    `eval_fraction` of it by a hash"""
     eval_fraction: float = 0.05
     """share of `data` held out when `eval_data` is None"""
     init_drafter: str | None = None

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mimo_qat.checkpoint.reader import load_model
-from mimo_qat.data import load_packed, load_tokenizer, pack_rows, read_rows, read_split
+from mimo_qat.data import load_packed, load_tokenizer, pack_rows, read_held_out, read_rows, read_split
 from mimo_qat.distill.blocks import Blocks, attention_masks, blocks_at, sample_anchors
 from mimo_qat.distill.config import FREE_ON_RESUME, DistillConfig
 from mimo_qat.distill.evaluate import evaluate
@@ -304,7 +304,7 @@ def whole(batch: Batch, size: int) -> Batch:
 
 def load_data(config: DistillConfig, tokenizer: Any) -> tuple[Batch, Batch, list[list[int]], set[int]]:
     """(training rows, held-out rows, held-out prompts as token ids, every id that occurs)."""
-    held_rows = read_rows(config.eval_data) if config.eval_data is not None else None
+    held_rows = read_held_out(config.eval_data) if config.eval_data is not None else None
     if config.data.endswith(".safetensors"):
         train, held = load_packed(config.data, config.max_length)
         if held_rows is None and config.eval_prompts:

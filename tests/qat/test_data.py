@@ -139,6 +139,8 @@ def test_a_generated_folder_keeps_its_own_split(tmp_path):
         data.write_rows(tmp_path / f"{side}-00000.jsonl", rows[:50])
         data.write_rows(tmp_path / f"{side}-00001.jsonl", rows[50:])
     assert data.read_split(tmp_path, held_out=0.5) == (answers["train"], answers["held_out"])
+    assert data.read_held_out(tmp_path, limit=70) == answers["held_out"][:70]
+    assert data.read_held_out(tmp_path / "train-00000.jsonl") == data.read_rows(tmp_path, limit=50)
     assert data.read_split(tmp_path, held_out=0.5, limit=60) == (answers["train"][:60], answers["held_out"])
 
 
