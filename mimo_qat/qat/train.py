@@ -8,6 +8,7 @@ MXFP4 packer reproduces exactly, and the FP32 masters are in its checkpoints.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -84,8 +85,10 @@ class Trainer:
     def __init__(self, config: QatConfig):
         self.config = config
         log_with = None if config.report_to == "none" else config.report_to
-        # Said outright, because accelerate ignores the ranks of a CPU launch by torchrun otherwise.
-        on_cpu = not torch.accelerator.is_available()
+        # Said outright, because accelerate ignores the ranks of a CPU launch by torchrun otherwise; but where it is
+        # said, it ignores DeepSpeed.
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        on_cpu = not (torch.accelerator.is_available() or deepspeed)
         self.accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=config.output_dir)
         self.out = Path(config.output_dir)
         set_seed(config.seed)
