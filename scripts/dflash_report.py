@@ -111,8 +111,9 @@ def records(doc: dict[str, Any], peers: dict[str, Any] | None, benches: dict[str
             worst = min(ratios, key=lambda k: ratios[k])
             out.append(record("train_speed_vs_peer", ratios[worst], "ratio", against=worst, ratios=ratios))
         for name, run in peers["runs"].items():
-            kept = {k: v for k, v in run.items() if k not in ("losses", "facts")}
-            out.append(record(f"training {name}", run.get("tokens_per_s") or 0.0, "tokens/s", **kept))
+            if "tokens_per_s" in run:  # one that failed has no speed; the printed table says why
+                kept = {k: v for k, v in run.items() if k != "loss"}
+                out.append(record(f"training {name}", run["tokens_per_s"], "tokens/s", **kept))
     for name, run in doc["runs"].items():
         more = {k: run[k] for k in ("changes", "tokens", "parameters", "tokens_per_s", "peak_gb", "curve")}
         out.append(record(f"acceptance {name}", run["code"]["acceptance_length"], unit, **more, code=run["code"]))

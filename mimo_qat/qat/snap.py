@@ -5,7 +5,8 @@ is a BF16 number, so the copy is exact: forward, recompute, saving and the packe
 gradient with respect to the copy is the straight-through estimate for the master, and one quantization serves a whole
 step however many micro-batches it has.
 
-The trainer knows an engine by `backward`, `gradient_norm`, `step`, `snap`, `teacher` and `state`. Three fill that in:
+The trainer knows an engine by `backward`, `gradient_norm`, `step` and `snap`, by `teacher` and `changed_against_ptq`,
+and by `state`, `restored` and `whole`. Three fill that in:
     SnappedCopy  here: whole parameters, or the rows of them that FSDP2 leaves on this process
     HookEngine   hook.py: FP32 parameters that the optimizer owns, quantized in the forward pass
     ZeroEngine   zero.py: DeepSpeed's partitions
