@@ -107,7 +107,8 @@ class Trainer:
         self.model.config.use_cache = False
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
+            for module in self.model.modules():  # not train(), which turns on dropout and the jitter of some routers
+                module.training = getattr(module, "gradient_checkpointing", False)
         if config.compile and self.accelerator.device.type == "cuda":
             use_training_kernels(self.model, modules=self.sharding == "none")
         self.matched = match_report(self.model)

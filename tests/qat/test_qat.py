@@ -19,7 +19,7 @@ from mimo_qat.checkpoint.reader import Checkpoint, load_model
 from mimo_qat.qat.experts import TokenCounts, expert_parameters
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
-from mimo_qat.qat.train import QatConfig, learning_rate, main
+from mimo_qat.qat.train import QatConfig, Trainer, learning_rate, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +124,23 @@ def test_gradients_of_other_parameters_stay_off(tiny_model):
 def test_settings_that_cannot_work_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **wrong)
+
+
+def test_checkpointing_recomputes_the_same_step_and_turns_nothing_else_on(learnable):
+    steps = []
+    for again in (False, True):
+        trainer = Trainer(config(learnable, output_dir=str(learnable / f"out-{again}"), gradient_checkpointing=again))
+        passes = []
+        for layer in trainer.model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        steps.append({k: v for k, v in trainer.train_step().items() if k != "tokens_per_s"})
+        # Of each micro-batch: the teacher, the student and, where that is asked for, the student once more. Counted at
+        # the start of an MLP, because recomputing stops at the last tensor that is needed.
+        micro, layers = trainer.config.gradient_accumulation_steps, len(trainer.model.model.layers)
+        assert len(passes) == micro * layers * (3 if again else 2)
+        training = {type(m).__name__ for m in trainer.model.modules() if m.training}
+        assert training <= {"MiMoV2DecoderLayer", "MiMoV2Model"} and bool(training) == again
+    assert steps[0] == steps[1]
 
 
 def test_float32_model_is_refused(tiny_model):
