@@ -7,7 +7,7 @@
 runtime calls, on weights that `pack_experts` has rearranged once: Triton kernels (`moe_triton`) on a GPU of compute
 capability 9 or more, the reference elsewhere. The kernels round the hidden activations to BF16 and sum in float32,
 experts in ascending id inside fixed ranges of ids. So the bits of a token depend on its own routing and on the shapes,
-not on its neighbours, on timing, or on the run.
+not on its neighbours, on timing, or on the run. (One shape is up to 8 tokens, the other up to 16.)
 
 The packed layout. Whoever unpacks four-bit codes pays in integer instructions, and a GPU that streams weights at full
 speed has about four a weight in all. Here three of four codes cost a shift and an AND for two weights.

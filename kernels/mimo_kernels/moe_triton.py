@@ -56,9 +56,18 @@ class Config:
     groups: int
 
 
-# What `bench --sweep` tries. Of each, the first that divides the shape is what runs.
-GATE_UP_TILES = (Tile(64, 256, 2, 4), Tile(32, 256, 1, 4), Tile(128, 256, 4, 4), Tile(32, 128, 1, 4))
-DOWN_TILES = (Tile(64, 256, 2, 4), Tile(32, 256, 1, 4), Tile(128, 256, 4, 4), Tile(32, 128, 1, 4))
+TILES = (  # what `bench --sweep` tries
+    Tile(64, 256, 2, 4),
+    Tile(64, 256, 2, 3),
+    Tile(64, 256, 4, 4),
+    Tile(32, 256, 1, 4),
+    Tile(128, 256, 4, 4),
+    Tile(64, 512, 2, 3),
+    Tile(32, 128, 1, 4),
+)
+# What runs: of each product the first that divides the shape.
+GATE_UP_TILES = (Tile(64, 256, 2, 4), Tile(32, 128, 1, 4))
+DOWN_TILES = (Tile(64, 256, 2, 4), Tile(32, 128, 1, 4))
 
 
 def config_for(hidden: int, inter: int) -> Config:

@@ -7,6 +7,7 @@ tests/gpu/test_moe_gpu.py.
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -344,13 +345,44 @@ def test_instructions_a_weight(kernels, product, tokens, bound):
 
 @outside
 @needs_tools
-@pytest.mark.parametrize("tokens", [8, 16])
-def test_the_small_kernels_compile(kernels, tokens):
-    pointers = {"LIST": "*i16", "COMBINE": "*fp32", "OUT": "*bf16", "IDS": "*i64", "WEIGHTS": "*fp32", "X": "*bf16"}
-    constants = {"K": 4096, "P": 8 * tokens, "BN": tokens, "SLOTS": 16}
-    for kernel, p, c in (
-        (kernels._prepare_kernel, pointers, constants),
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_everything_compiles(kernels, tokens):
+    """Also with the arguments that are 1 for one token of a one-expert router: Triton makes constants of them."""
+    n, top_k = max(tokens, 8), 1 if tokens == 1 else 8
+    ones = dict.fromkeys(("slots", "groups", "tokens", "top_k"), 1) if tokens == 1 else {}
+    tile = kernels.DOWN_TILES[0]
+    down = {"K": 512, "ROWS": 4096, "BM": tile.rows, "BN": n, "BK": tile.k, "PTX": True}
+    prepare = {"K": 4096, "P": tokens * top_k, "BN": n, "SLOTS": 16}
+    tables = {"LIST": "*i16", "COMBINE": "*fp32", "OUT": "*bf16"}
+    for kernel, pointers, constants in (
+        (kernels._prepare_kernel, tables | {"IDS": "*i64", "WEIGHTS": "*fp32", "X": "*bf16"}, prepare | ones),
+        (kernels._down_kernel, tables | {"W": "*i16", "S": "*u8", "HIDDEN": "*bf16"}, down),
         (kernels._sum_kernel, {"OUT": "*bf16", "PARTS": "*fp32"}, {"N": 512}),
     ):
-        code, _ = compile_for_sm90(kernel, p, c, 4, 3)
+        constants = constants | {k: v for k, v in ones.items() if k in kernel.arg_names}
+        code, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
         assert not [op for _, op, _ in code if op.startswith(("LDL", "STL"))]
+
+
+# ---- the benchmark
+
+
+@outside
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it prints without a GPU")
+def test_bench_without_a_gpu(capsys):
+    from mimo_kernels import bench
+
+    config = Path(__file__).parents[2] / "recipes/model/mimo-v2.5.json"
+    bench.main([str(config), "--shape", "6144", "2048", "384", "8", "--tp", "4", "8", "--bandwidth", "4000"])
+    *text, last = capsys.readouterr().out.splitlines()
+    document = json.loads(last)
+    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 20
+    rows = {(r["model"], r["tp"], r["operator"], r["experts"]): r for r in document["rows"]}
+    flash = rows["mimo-v2.5", 4, "moe", 57]
+    assert flash["bytes"] == 57 * 3 * 4096 * 512 * 17 // 32 and flash["floor_us"] == round(flash["bytes"] / 4e6, 2)
+    assert rows["6144x2048x384top8", 8, "moe", 60]["bytes"] == 60 * 3 * 6144 * 256 * 17 // 32
+    assert rows["mimo-v2.5", 4, "encode even", 16]["bytes"] == 16 * 1024 * 4096 * 145 // 32
+    for bad in (["--tp", "3"], ["--tokens", "17"], ["--distinct", "65"]):
+        with pytest.raises(SystemExit):
+            bench.main([str(config), *bad])
+    assert "touch 8 to 64 experts" in capsys.readouterr().err
