@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _WARPS = 1024  # about eight on each of 132 multiprocessors hide the latency of a down product
 _SLOTS = 16  # places in the expert list a program of _prepare_kernel
-_COLUMNS = 512  # outputs a program of _sum_kernel
+_COLUMNS = 256  # outputs a program of _sum_kernel
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ TILES = (  # what `bench --sweep` tries
     Tile(32, 256, 1, 4),
     Tile(128, 256, 4, 4),
     Tile(64, 512, 2, 3),
+    Tile(64, 512, 4, 3),
     Tile(32, 128, 1, 4),
 )
 # What runs: of each product the first that divides the shape.
@@ -221,13 +222,13 @@ def _down_kernel(
 
 @triton.jit
 def _list_experts(
-    LIST, COMBINE, IDS, WEIGHTS, slots, experts, groups, tokens, top_k, maker,
-    P: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    LIST, COMBINE, IDS, WEIGHTS, slots, experts, groups, tokens, maker,
+    TOP_K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """SLOTS places of LIST and COMBINE; maker 0 also writes where the groups begin."""
     p = tl.arange(0, P)
     n = tl.arange(0, BN)
-    given = p < tokens * top_k
+    given = p < tokens * TOP_K
     ids = tl.load(IDS + p, mask=given, other=experts).to(tl.int32)
     earlier = p[:, None] < p[None, :]
     first = (tl.sum(((ids[:, None] == ids[None, :]) & earlier).to(tl.int32), axis=0) == 0) & given
@@ -236,33 +237,34 @@ def _list_experts(
     expert = tl.max(tl.where((place[:, None] == u[None, :]) & given[:, None], ids[:, None], -1), axis=0)
     tl.store(LIST + u, expert.to(tl.int16), mask=u < slots)
     if maker == 0:
-        for g in range(groups + 1):
-            before = tl.sum((first & (ids < g * experts // groups)).to(tl.int32), axis=0)
-            tl.store(LIST + slots + g, before.to(tl.int16))
+        g = tl.arange(0, SLOTS)
+        before = first[:, None] & (ids[:, None] < (g * experts // groups)[None, :])
+        tl.store(LIST + slots + g, tl.sum(before.to(tl.int32), axis=0).to(tl.int16), mask=g <= groups)
     weight = tl.zeros((SLOTS, BN), tl.float32)
-    for j in range(top_k):
-        routed = tl.load(IDS + n * top_k + j, mask=n < tokens, other=experts).to(tl.int32)
-        w = tl.load(WEIGHTS + n * top_k + j, mask=n < tokens, other=0.0)
+    for j in tl.static_range(TOP_K):
+        routed = tl.load(IDS + n * TOP_K + j, mask=n < tokens, other=experts).to(tl.int32)
+        w = tl.load(WEIGHTS + n * TOP_K + j, mask=n < tokens, other=0.0)
         weight += tl.where(expert[:, None] == routed[None, :], w[None, :], 0.0)
     tl.store(COMBINE + u[:, None] * BN + n[None, :], weight, mask=(u < slots)[:, None])
 
 
 @triton.jit
 def _prepare_kernel(
-    LIST, COMBINE, OUT, IDS, WEIGHTS, X, slots, experts, groups, tokens, top_k, columns,
-    K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    LIST, COMBINE, OUT, IDS, WEIGHTS, X, slots, experts, groups, tokens, columns,
+    K: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """LIST int16 [slots + groups + 1]: the distinct IDS ascending, then -1; where groups of experts begin and end.
 
-    IDS [tokens, top_k], WEIGHTS float32 [tokens, top_k], COMBINE float32 [slots, BN]; P >= tokens * top_k is a power of
-    two. Group g has the ids from g * experts / groups on. A program of the first ones makes SLOTS places of the list,
-    each of the others 128 columns of OUT bf16 [BN, K]: X bf16 [tokens, columns] in the order of the words, then zeros.
+    IDS [tokens, TOP_K], WEIGHTS float32 [tokens, TOP_K], COMBINE float32 [slots, BN]; P >= tokens * TOP_K is a power of
+    two, groups < SLOTS. Group g has the ids from g * experts // groups on. A program of the first ones makes SLOTS
+    places of the list, each of the others 128 columns of OUT bf16 [BN, K]: X bf16 [tokens, columns] in the order of the
+    words, then zeros. Loops are unrolled, so that the loads of a program wait for memory once, not once a step.
     """
     makers = tl.cdiv(slots, SLOTS)
     pid = tl.program_id(0)
     if pid < makers:
         _list_experts(
-            LIST, COMBINE, IDS, WEIGHTS, slots, experts, groups, tokens, top_k, pid, P, BN, SLOTS,
+            LIST, COMBINE, IDS, WEIGHTS, slots, experts, groups, tokens, pid, TOP_K, P, BN, SLOTS,
         )  # fmt: skip
     else:
         n = tl.arange(0, BN)
@@ -274,12 +276,12 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _sum_kernel(OUT, PARTS, size, slices, N: tl.constexpr):
-    """OUT bf16 [size] <- PARTS float32 [slices, size], summed in ascending order."""
+def _sum_kernel(OUT, PARTS, size, COUNT: tl.constexpr, N: tl.constexpr):
+    """OUT bf16 [size] <- PARTS float32 [COUNT, size], summed in ascending order."""
     at = tl.program_id(0) * N + tl.arange(0, N)
     acc = tl.load(PARTS + at, mask=at < size, other=0.0)
-    for s in range(1, slices):
-        acc += tl.load(PARTS + s * size + at, mask=at < size, other=0.0)
+    for part in tl.static_range(1, COUNT):
+        acc += tl.load(PARTS + part * size + at, mask=at < size, other=0.0)
     tl.store(OUT + at, acc.to(tl.bfloat16), mask=at < size)
 
 
@@ -305,10 +307,11 @@ def prepare(
         torch.empty(slots, n, dtype=torch.float32, device=x.device),
         torch.empty(n, hidden, dtype=torch.bfloat16, device=x.device),
     )
+    assert config.groups < _SLOTS
     p = triton.next_power_of_2(tokens * top_k)
     _prepare_kernel[(triton.cdiv(slots, _SLOTS) + hidden // 128,)](
         out.list, out.combine, out.x, ids.contiguous(), weights.contiguous(), x.contiguous(),
-        slots, count, config.groups, tokens, top_k, x.shape[1], hidden, p, n, _SLOTS,
+        slots, count, config.groups, tokens, x.shape[1], hidden, top_k, p, n, _SLOTS,
     )  # fmt: skip
     return out
 
