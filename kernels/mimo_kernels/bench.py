@@ -7,7 +7,8 @@ times every tile of `moe_triton` instead, from which its defaults are chosen. Th
 
 How it measures. Medians of CUDA events. The MoE runs as a decode step runs it, in a CUDA graph; the graph holds 16
 calls, each on other experts, so that nothing a call reads is still in the second-level cache, and the time is a 16th.
-Launch gaps inside the graph count. The codecs work on tensors that are far larger than the cache.
+Launch gaps inside the graph count, and its bytes are the weights and scales of the experts in use. The codecs work on
+tensors that are far larger than the cache.
 
 Without a GPU it prints the bytes and the time that they take at `--bandwidth`, which is the floor of any kernel.
 """
