@@ -5,6 +5,7 @@ interpreter truncates when it converts to BF16 and multiplies in float32; the co
 tests/gpu/test_moe_gpu.py.
 """
 
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -161,7 +162,10 @@ def test_refusals():
 @outside
 def test_kernels_in_the_interpreter():
     """Triton reads the variable when it is first imported, so the kernels get a process of their own."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    numpy = importlib.metadata.version("numpy")
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        pytest.skip(f"the interpreter of triton 3.6 cannot loop up to a loaded value with numpy {numpy}; 2.3 works")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
