@@ -1,0 +1,301 @@
+"""python -m mimo_kernels.bench recipes/model/mimo-v2.5.json recipes/model/mimo-v2.5-pro.json --tp 1 2 4 8
+
+Every operator on the shapes of a model at some tensor-parallel degrees: microseconds, the bytes that it has to move,
+GB/s, and the share of a device copy measured in the same run. Instead of a file, numbers do: `--shape 4096 2048 256 8`
+(hidden size, intermediate size of an expert, experts, experts a token). `--only moe` leaves the codecs out; `--sweep`
+times every tile of `moe_triton` instead, from which its defaults are chosen. The last line is one JSON document.
+
+How it measures. Medians of CUDA events. The MoE runs as a decode step runs it, in a CUDA graph; the graph holds 16
+calls, each on other experts, so that nothing a call reads is still in the second-level cache, and the time is a 16th.
+Launch gaps inside the graph count, and its bytes are the weights and scales of the experts in use. The codecs work on
+tensors that are far larger than the cache.
+
+Without a GPU it prints the bytes and the time that they take at `--bandwidth`, which is the floor of any kernel.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import mxfp4, transcode
+from .moe import MAX_TOKENS, PAGE_K, PackedExperts
+
+H200_COPY = 4280.0  # GB/s read plus written, measured
+CALLS = 16  # a graph
+REPLAYS = 25
+COPY_BYTES = 2**30
+CODEC_EXPERTS = 16
+MXFP4_BYTES = 17 / 32  # a weight
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of an expert layer, not divided."""
+
+    name: str
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Geometry":
+        """Of a Hugging Face config.json. ValueError when it does not describe a mixture of experts."""
+        config = json.loads(path.read_text())
+        keys = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+        missing = [k for k in keys if not isinstance(config.get(k), int)]
+        if missing:
+            raise ValueError(f"{path}: no {', '.join(missing)}; give the config.json of a MoE model, or --shape")
+        return cls(path.stem, *(config[k] for k in keys))
+
+    def distinct(self, tokens: int) -> int:
+        """Expected number of distinct experts when every token draws `top_k` of them independently."""
+        return round(self.experts * (1 - (1 - self.top_k / self.experts) ** tokens))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args, geometries = _parse(argv)
+    gpu = torch.cuda.is_available()
+    document: Row = {"command": "mimo_kernels.bench", "measured": gpu, "torch": torch.__version__}
+    if gpu:
+        import triton
+
+        bandwidth = copy_bandwidth()
+        document |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+        print(f"{document['device']}: device copy {bandwidth:.0f} GB/s, read plus written")
+    else:
+        bandwidth = args.bandwidth
+        print(f"No GPU: nothing is measured. Bytes, and the time they take at {bandwidth:.0f} GB/s:")
+    document |= {"copy_GB/s": round(bandwidth, 1), "tokens": args.tokens, "rows": []}
+    header = f"{'operator':28s} {'model':18s} TP experts {'MB':>8} {'floor us':>9}"
+    print(header + (f" {'us':>9}   GB/s of copy" if gpu else ""))
+    for g in geometries:
+        for tp in args.tp:
+            for row in _rows(g, tp, args, gpu):
+                document["rows"].append(_finish(row, bandwidth))
+    print(json.dumps(document))
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m mimo_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("models", nargs="*", type=Path, help="config.json of the models")
+    add(
+        "--shape",
+        nargs=4,
+        type=int,
+        action="append",
+        default=[],
+        metavar=("H", "I", "E", "K"),
+        help="a model's numbers",
+    )
+    add("--tp", nargs="+", type=int, default=[1, 2, 4, 8], help="tensor-parallel degrees")
+    add("--tokens", type=int, default=8, help="tokens of a decode step, 1 to 16")
+    add("--distinct", nargs="+", type=int, help="distinct experts; default: of one token, and expected of all")
+    add("--only", choices=("moe", "codec"), help="one kind of operator")
+    add("--sweep", action="store_true", help="time every tile of the two products of the MoE, and no codec")
+    add("--bandwidth", type=float, default=H200_COPY, help="GB/s assumed where there is no GPU")
+    args = parser.parse_args(argv)
+    if not args.models and not args.shape:
+        parser.error("no shape: give a config.json, such as recipes/model/mimo-v2.5.json, or --shape H I E K")
+    if not 1 <= args.tokens <= MAX_TOKENS:
+        parser.error(f"--tokens {args.tokens}: give 1 to {MAX_TOKENS}")
+    try:
+        geometries = [Geometry.read(path) for path in args.models]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for h, i, e, k in args.shape:
+        geometries.append(Geometry(f"{h}x{i}x{e}top{k}", h, i, e, k))
+    for g in geometries:
+        for tp in args.tp:
+            if g.inter % (tp * mxfp4.BLOCK):
+                parser.error(
+                    f"--tp {tp}: the intermediate size {g.inter} of {g.name} does not divide into whole blocks"
+                )
+        most = min(args.tokens * g.top_k, g.experts)
+        for distinct in args.distinct or ():
+            if not g.top_k <= distinct <= most:
+                parser.error(
+                    f"--distinct {distinct}: {args.tokens} tokens of {g.name} touch {g.top_k} to {most} experts"
+                )
+    return args, geometries
+
+
+def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator[Row]:
+    """Rows of one geometry at one degree, as they are measured."""
+    if args.only != "codec":
+        packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
+        for distinct in args.distinct or sorted({g.top_k, g.distinct(args.tokens)}):
+            base = {"model": g.name, "tp": tp, "experts": distinct}
+            size = distinct * packed.bytes_per_expert
+            if not gpu:
+                yield base | {"operator": "moe", "bytes": size}
+            else:
+                measure = sweep if args.sweep else measure_moe
+                yield from (base | row for row in measure(packed, routings(g, args.tokens, distinct), size))
+    if args.only != "moe" and not args.sweep:
+        base = {"model": g.name, "tp": tp, "experts": CODEC_EXPERTS}
+        yield from (base | row for row in codec_rows(g, tp, gpu))
+
+
+def _finish(row: Row, bandwidth: float) -> Row:
+    """Adds the derived figures and prints the line."""
+    row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
+    line = f"{row['operator']:28s} {row['model']:18s} {row['tp']:2d} {row['experts']:7d} {row['bytes'] / 1e6:8.1f}"
+    line += f" {row['floor_us']:9.1f}"
+    if "us" in row:
+        rate = row["bytes"] / row["us"] / 1e3
+        row |= {"us": round(row["us"], 2), "GB/s": round(rate, 1), "of_copy": round(rate / bandwidth, 3)}
+        line += f" {row['us']:9.1f} {row['GB/s']:6.0f} {row['of_copy']:7.2f}"
+    print(line, flush=True)
+    return row
+
+
+# ---- what is measured
+
+
+def synthetic_experts(g: Geometry, tp: int, device: str) -> PackedExperts:
+    """Random packed experts of one rank: any 16 bits are four codes; the scales make weights of about 0.02."""
+    hidden, inter = g.hidden, g.inter // tp
+    h, i = (-(-n // PAGE_K) for n in (hidden, inter))
+
+    def pages(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (g.experts, rows * PAGE_K // 16, columns, 16)
+        words = torch.empty(*shape, 32, dtype=torch.int16, device=device)
+        scales = torch.empty(*shape, 4, dtype=torch.uint8, device=device)
+        return words.random_(-(2**15), 2**15), scales.random_(244, 248)
+
+    return PackedExperts(*pages(2 * i, h), *pages(h, i), hidden=hidden, inter=inter)
+
+
+def routings(g: Geometry, tokens: int, distinct: int) -> list[torch.Tensor]:
+    """For each call int32 ids [tokens, top_k] with exactly `distinct` experts, others than in the calls before it."""
+    order = torch.randperm(g.experts, generator=torch.Generator().manual_seed(0))
+    at = torch.arange(tokens * g.top_k) % distinct
+    return [order[(call * distinct + at) % g.experts].view(tokens, -1).int().cuda() for call in range(CALLS)]
+
+
+def measure_moe(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:
+    """The whole operator, then its parts; `size` bytes of weights."""
+    from . import moe_triton
+
+    config = moe_triton.config_for(*packed.padded)
+    x, weights = _activations(packed, ids[0])
+    prepared = [moe_triton.prepare(x, i, weights, packed, config) for i in ids]
+    hidden = [moe_triton.gate_up(p, packed, config) for p in prepared]
+    calls: dict[str, tuple[float, Callable[[int], object]]] = {
+        "moe": (1, lambda c: moe_triton.moe(x, ids[c], weights, packed, config)),
+        "moe: lists and x": (0, lambda c: moe_triton.prepare(x, ids[c], weights, packed, config)),
+        "moe: gate, up, SwiGLU": (2 / 3, lambda c: moe_triton.gate_up(prepared[c], packed, config)),
+        "moe: down, combine": (1 / 3, lambda c: moe_triton.down(hidden[c], prepared[c], packed, config, len(x))),
+    }
+    return [
+        {"operator": name, "bytes": round(size * share), "us": graph_microseconds(call), "config": asdict(config)}
+        for name, (share, call) in calls.items()
+    ]
+
+
+def sweep(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:
+    """Both products with every tile that divides the shape, the down product with every number of groups."""
+    from . import moe_triton as mt
+
+    default = mt.config_for(*packed.padded)
+    x, weights = _activations(packed, ids[0])
+    hidden, inter = packed.padded
+    rows: list[Row] = []
+    prepared = [mt.prepare(x, i, weights, packed, default) for i in ids]
+    for t in (t for t in mt.TILES if hidden % t.k == 0):
+        config = mt.Config(t, default.down, default.groups)
+        us = graph_microseconds(lambda c: mt.gate_up(prepared[c], packed, config))  # noqa: B023
+        rows.append({"operator": f"up {t.rows}x{t.k} w{t.warps} s{t.stages}", "bytes": round(size * 2 / 3), "us": us})
+    states = [mt.gate_up(p, packed, default) for p in prepared]
+    for t in (t for t in mt.TILES if inter % t.k == 0):
+        for groups in (1, 2, 4, 8):
+            config = mt.Config(default.gate_up, t, groups)
+            prepared = [mt.prepare(x, i, weights, packed, config) for i in ids]
+            us = graph_microseconds(lambda c: mt.down(states[c], prepared[c], packed, config, len(x)))  # noqa: B023
+            name = f"down {t.rows}x{t.k} w{t.warps} s{t.stages} g{groups}"
+            rows.append({"operator": name, "bytes": round(size / 3), "us": us})
+    return rows
+
+
+def _activations(packed: PackedExperts, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(len(ids), packed.hidden, device="cuda").bfloat16()
+    return x, torch.rand(ids.shape, device="cuda").softmax(-1)
+
+
+def codec_rows(g: Geometry, tp: int, gpu: bool) -> list[Row]:
+    """snap, encode and the FP8 transcode of the up/gate weights of some experts of one rank."""
+    shape = (CODEC_EXPERTS, 2 * g.inter // tp, g.hidden)
+    n = CODEC_EXPERTS * shape[1] * shape[2]
+    rows: list[Row] = [
+        {"operator": "snap_ even, counted", "bytes": 8 * n},  # master read, copy read and written
+        {"operator": "encode even", "bytes": round((4 + MXFP4_BYTES) * n)},
+        {"operator": "fp8_to_mxfp4 even", "bytes": round((1 + MXFP4_BYTES) * n)},
+    ]
+    if gpu:
+        master = torch.randn(shape, device="cuda").mul_(0.02)
+        param = torch.zeros_like(master, dtype=torch.bfloat16)
+        q = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 0x7F).view(torch.float8_e4m3fn)
+        tiles = (CODEC_EXPERTS, -(-shape[1] // 128), -(-shape[2] // 128))
+        scale = torch.rand(tiles, device="cuda") * 1e-4 + 1e-5
+        calls: list[Callable[[], object]] = [
+            lambda: mxfp4.snap_(param, master),
+            lambda: mxfp4.encode(master),
+            lambda: transcode.fp8_to_mxfp4(q, scale),
+        ]
+        for row, call in zip(rows, calls, strict=True):
+            row["us"] = microseconds(call)
+    return rows
+
+
+# ---- clocks
+
+
+def copy_bandwidth() -> float:
+    """GB/s, read plus written, of a device-to-device copy of 1 GiB."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / microseconds(lambda: target.copy_(source)) / 1e3
+
+
+def graph_microseconds(call: Callable[[int], object]) -> float:
+    """Median time of call(0), ... call(CALLS - 1) in one CUDA graph, a call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(c) for c in range(CALLS)]
+    us = microseconds(graph.replay) / CALLS
+    del kept
+    return us
+
+
+def microseconds(step: Callable[[], object]) -> float:
+    """Median time of step() on the device, by events, after a warm-up."""
+    for _ in range(3):
+        step()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for start, end in events:
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
+
+
+if __name__ == "__main__":
+    main()

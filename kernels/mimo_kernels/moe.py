@@ -1,0 +1,246 @@
+"""Mixture of SwiGLU experts with MXFP4 weights and BF16 activations, for the 1 to 16 tokens of a decode step.
+
+    y[t] = sum over experts e of c[t, e] * down_e(silu(gate_e(x[t])) * up_e(x[t]))
+    c[t, e] = the sum of weights[t, j] with ids[t, j] == e; 0 where e is not routed
+
+`reference` is the definition, in float32 or float64 from the codes and scale bytes of a checkpoint. `moe` is what a
+runtime calls, on weights that `pack_experts` has rearranged once: Triton kernels (`moe_triton`) on a GPU of compute
+capability 9 or more, the reference elsewhere. The kernels round the hidden activations to BF16 and sum in float32,
+experts in ascending id inside fixed ranges of ids. So the bits of a token depend on its own routing and on the shapes,
+not on its neighbours, on timing, or on the run. (One shape is up to 8 tokens, the other up to 16.)
+
+The packed layout. Whoever unpacks four-bit codes pays in integer instructions, and a GPU that streams weights at full
+speed has about four a weight in all. Here three of four codes cost a shift and an AND for two weights.
+    word   16 bits, the four codes at k = 4j .. 4j + 3. A code's BF16 bits are its sign at 15 and its other three bits
+           at 8..6, which is code * 2**-126. Code 0 is stored so; codes 1 and 2 the same, 3 and 6 bits lower. Code 3
+           fills the holes: sign at 14, exponent at 11..10, mantissa at 13. Mask 0x81C0 finds the first three.
+    scale  one byte b + 126 for 32 weights, b the E8M0 byte. Shifted left by 7 it is the BF16 number 2**(b - 1), and
+           code * 2**-126 * 2**(b - 1) = code * 2**(b - 127) without rounding. It needs b <= 128.
+    page   16 rows x 128 weights: int16 [16, 32] words and uint8 [16, 4] scales. The pages of 16 rows follow each
+           other, so whoever works on some rows reads memory in one direction: 0.53125 bytes a weight.
+    rows   of gate and up are interleaved by eight, gates first: an MMA leaves rows r and r + 8 in the same thread.
+    K and the rows are padded to multiples of 128 with zeros.
+As word j holds four neighbours, step i of four multiplies codes i of 32 words by x[4j + i]. The kernels keep
+activations in that order: position 32 i + j of 128 is element 4 j + i.
+
+    Worked: codes 1, 9, 2, 15 (0.5, -0.5, 1, -6) make 0x0040 | 0x8040 >> 3 | 0x0080 >> 6 | 0x6C00 = 0x7C4A.
+
+Why not Marlin, triton_kernels or tl.dot_scaled: those group rows by expert and pad them, which costs more than it
+saves at 8 tokens, and the plain Triton forms need seven instructions a weight. Given up: more than 16 tokens, clamped
+or biased SwiGLU, scale bytes above 128 (weights above 12).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad, silu
+
+from . import mxfp4
+
+MAX_TOKENS = 16
+MAX_SCALE_BYTE = 128
+PAGE_ROWS, PAGE_K = 16, 128
+_HALF = PAGE_ROWS // 2
+_SCALE_BIAS = 126
+_FIELDS = 0x81C0  # where BF16 keeps the sign and the three other bits of a code
+
+
+@dataclass(frozen=True)
+class Experts:
+    """MXFP4 experts as a checkpoint has them: codes uint8, two a byte, and E8M0 scales uint8. Gate rows come first."""
+
+    gate_up: torch.Tensor  # [E, 2I, H/2]
+    gate_up_scales: torch.Tensor  # [E, 2I, H/32]
+    down: torch.Tensor  # [E, H, I/2]
+    down_scales: torch.Tensor  # [E, H, I/32]
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The same weights in pages, H and I padded to Hp and Ip (multiples of 128). `hidden` = H, `inter` = I."""
+
+    gate_up: torch.Tensor  # int16 [E, 2Ip/16, Hp/128, 16, 32]
+    gate_up_scales: torch.Tensor  # uint8 [E, 2Ip/16, Hp/128, 16, 4]
+    down: torch.Tensor  # int16 [E, Hp/16, Ip/128, 16, 32]
+    down_scales: torch.Tensor  # uint8 [E, Hp/16, Ip/128, 16, 4]
+    hidden: int
+    inter: int
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(Hp, Ip)."""
+        return self.gate_up.shape[2] * PAGE_K, self.down.shape[2] * PAGE_K
+
+    @property
+    def bytes_per_expert(self) -> int:
+        tensors = (self.gate_up, self.gate_up_scales, self.down, self.down_scales)
+        return sum(t[0].numel() * t.element_size() for t in tensors)
+
+
+# ---- the definition
+
+
+@torch.no_grad()
+def reference(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Experts, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`dtype` [T, H] of x [T, H], ids [T, top_k] and float32 weights [T, top_k]; experts are added in ascending id.
+
+    An id may repeat in a row: its weights add up. ValueError for an id outside [0, E).
+    """
+    _check_routing(x, ids, weights)
+    used = ids.unique().tolist()
+    if used and not 0 <= used[0] <= used[-1] < len(experts.down):
+        raise ValueError(f"ids: {used[0]} to {used[-1]}, not 0 to {len(experts.down) - 1}; whose router made them?")
+    x = x.to(dtype)
+    y = torch.zeros_like(x)
+    for e in used:
+        gate_up = mxfp4.decode(experts.gate_up[e], experts.gate_up_scales[e], torch.float32, name="gate_up").to(dtype)
+        down = mxfp4.decode(experts.down[e], experts.down_scales[e], torch.float32, name="down").to(dtype)
+        routed = (ids == e).any(-1)
+        gate, up = (x[routed] @ gate_up.T).chunk(2, -1)
+        c = torch.where(ids == e, weights, 0.0)[routed].to(dtype).sum(-1, keepdim=True)
+        y[routed] += c * ((silu(gate) * up) @ down.T)
+    return y
+
+
+@torch.no_grad()
+def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """BF16 [T, H] of x BF16 [T, H], T <= 16, ids int32 or int64 [T, top_k] and weights float32 [T, top_k].
+
+    On a GPU nothing waits for the host, so there ids must lie in [0, E): that is not checked. ValueError for shapes,
+    dtypes or more than 16 tokens.
+    """
+    _check_routing(x, ids, weights)
+    if x.dtype != torch.bfloat16 or x.shape[1] != experts.hidden:
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {experts.hidden}]")
+    if not 1 <= len(x) <= MAX_TOKENS:
+        raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use a grouped product for more")
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
+        from . import moe_triton
+
+        return moe_triton.moe(x, ids, weights, experts)
+    used, local = ids.unique(return_inverse=True)
+    return reference(x, local, weights, unpack_experts(experts, used)).to(torch.bfloat16)
+
+
+# ---- the packed layout
+
+
+@torch.no_grad()
+def pack_experts(experts: Experts) -> PackedExperts:
+    """Rearrange the experts for the kernels, on their device, one at a time. ValueError for a scale byte above 128."""
+    _check_experts(experts)
+    for name, scales in (("gate_up_scales", experts.gate_up_scales), ("down_scales", experts.down_scales)):
+        if scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
+            raise ValueError(
+                f"{name}: byte {int(scales.max())}, above {MAX_SCALE_BYTE} (weights above 12); the packed layout has "
+                "no such scale, run this layer from BF16 weights"
+            )
+    rows = [(_interleave(c), _interleave(s)) for c, s in zip(experts.gate_up, experts.gate_up_scales, strict=True)]
+    gate_up, gate_up_scales = zip(*(_pack(c, s) for c, s in rows), strict=True)
+    down, down_scales = zip(*map(_pack, experts.down, experts.down_scales), strict=True)
+    return PackedExperts(
+        torch.stack(gate_up),
+        torch.stack(gate_up_scales),
+        torch.stack(down),
+        torch.stack(down_scales),
+        hidden=experts.down.shape[1],
+        inter=experts.gate_up.shape[1] // 2,
+    )
+
+
+@torch.no_grad()
+def unpack_experts(packed: PackedExperts, which: torch.Tensor | None = None) -> Experts:
+    """The inverse of `pack_experts`, bit for bit; `which` int64 [n] picks experts, None takes all."""
+    tensors = (packed.gate_up, packed.gate_up_scales, packed.down, packed.down_scales)
+    gate_up, gate_up_scales, down, down_scales = tensors if which is None else (t[which] for t in tensors)
+    gate_up, gate_up_scales = _unpack(gate_up, gate_up_scales, packed.hidden)
+    down, down_scales = _unpack(down, down_scales, packed.inter)
+    return Experts(
+        _deinterleave(gate_up, packed.inter),
+        _deinterleave(gate_up_scales, packed.inter),
+        down[:, : packed.hidden].contiguous(),
+        down_scales[:, : packed.hidden].contiguous(),
+    )
+
+
+def pack_words(codes: torch.Tensor) -> torch.Tensor:
+    """int16 [...] of integer codes [..., 4], each 0..15."""
+    c0, c1, c2, c3 = codes.int().unbind(-1)
+    field = [((c & 8) << 12) | ((c & 7) << 6) for c in (c0, c1, c2)]
+    last = ((c3 & 8) << 11) | ((c3 & 6) << 9) | ((c3 & 1) << 13)
+    return (field[0] | (field[1] >> 3) | (field[2] >> 6) | last).to(torch.int16)
+
+
+def unpack_words(words: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [..., 4] of int16 words [...]; the inverse of `pack_words`."""
+    w = words.int() & 0xFFFF
+    fields = [w & _FIELDS, (w << 3) & _FIELDS, (w << 6) & _FIELDS]
+    codes = [((f >> 12) & 8) | ((f >> 6) & 7) for f in fields]
+    codes.append(((w >> 11) & 8) | ((w >> 9) & 6) | ((w >> 13) & 1))
+    return torch.stack(codes, -1).to(torch.uint8)
+
+
+def _pack(packed: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of words and scales of one matrix: packed uint8 [R, K/2], scales uint8 [R, K/32]."""
+    words = pack_words(mxfp4.unpack(packed).unflatten(-1, (-1, 4)))
+    words = _pages(words, PAGE_K // 4, 0)
+    return words, _pages(scales + _SCALE_BIAS, PAGE_K // mxfp4.BLOCK, _SCALE_BIAS)
+
+
+def _unpack(words: torch.Tensor, scales: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed uint8 [..., R, k/2], scales uint8 [..., R, k/32]) of pages, padded rows included."""
+    codes = unpack_words(words.transpose(-3, -2).flatten(-4, -3).flatten(-2)).flatten(-2)
+    scales = scales.transpose(-3, -2).flatten(-4, -3).flatten(-2) - _SCALE_BIAS
+    return mxfp4.pack(codes[..., :k]), scales[..., : k // mxfp4.BLOCK]
+
+
+def _pages(x: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    """[R, C] -> contiguous [rows/16, columns/width, 16, width], R padded to 128 and C to `width` with `fill`."""
+    x = pad(x, (0, -x.shape[1] % width, 0, -x.shape[0] % PAGE_K), value=fill)
+    return x.view(-1, PAGE_ROWS, x.shape[1] // width, width).transpose(1, 2).contiguous()
+
+
+def _interleave(x: torch.Tensor) -> torch.Tensor:
+    """Rows [2I, C], gates then ups -> [2Ip, C], alternately eight of each; padding rows are zero."""
+    gate_up = x.unflatten(0, (2, -1))
+    gate_up = pad(gate_up, (0, 0, 0, -gate_up.shape[1] % PAGE_K))
+    return gate_up.unflatten(1, (-1, _HALF)).transpose(0, 1).flatten(0, 2)
+
+
+def _deinterleave(x: torch.Tensor, inter: int) -> torch.Tensor:
+    """[..., 2Ip, C] -> [..., 2I, C]; the inverse of `_interleave`."""
+    return x.unflatten(-2, (-1, 2, _HALF)).transpose(-4, -3).flatten(-3, -2)[..., :inter, :].flatten(-3, -2)
+
+
+# ---- refusals
+
+
+def _check_routing(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    if x.ndim != 2 or ids.ndim != 2 or ids.shape != weights.shape or len(ids) != len(x):
+        raise ValueError(
+            f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}: expected [T, H] and twice [T, k]"
+        )
+    if ids.dtype not in (torch.int32, torch.int64) or weights.dtype != torch.float32:
+        raise ValueError(f"ids {ids.dtype}, weights {weights.dtype}: expected int32 or int64, and float32")
+
+
+def _check_experts(experts: Experts) -> None:
+    count, rows, half = experts.gate_up.shape
+    hidden, inter = 2 * half, rows // 2
+    expected = {
+        "gate_up": [count, 2 * inter, hidden // 2],
+        "gate_up_scales": [count, 2 * inter, hidden // mxfp4.BLOCK],
+        "down": [count, hidden, inter // 2],
+        "down_scales": [count, hidden, inter // mxfp4.BLOCK],
+    }
+    for name, shape in expected.items():
+        tensor = getattr(experts, name)
+        if tensor.dtype != torch.uint8 or list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)}, expected torch.uint8 {shape} for {count} experts of "
+                f"hidden size {hidden} and intermediate size {inter}; give the codes and scales of one layer"
+            )
+    if hidden % mxfp4.BLOCK or inter % mxfp4.BLOCK:
+        raise ValueError(f"experts: hidden {hidden} and intermediate {inter} must divide by {mxfp4.BLOCK}")

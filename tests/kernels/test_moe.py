@@ -1,0 +1,393 @@
+"""The W4A16 mixture of experts: layout, definition, kernels in Triton's interpreter, and the machine code they become.
+
+Run by hand: TRITON_INTERPRET=1 pytest tests/kernels/test_moe.py (without it the file runs itself with it). The
+interpreter truncates when it converts to BF16 and multiplies in float32; the compiled kernels have
+tests/gpu/test_moe_gpu.py.
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_kernels import moe, mxfp4
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_kernels_in_the_interpreter")
+outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter process")
+FIELDS = ("gate_up", "gate_up_scales", "down", "down_scales")
+
+
+def random_experts(count, hidden, inter, seed=0, scales=(116, 125)):
+    g = torch.Generator().manual_seed(seed)
+
+    def codes(*shape):
+        return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+    def bytes_(*shape):
+        return torch.randint(*scales, shape, generator=g, dtype=torch.uint8)
+
+    return moe.Experts(
+        codes(count, 2 * inter, hidden // 2),
+        bytes_(count, 2 * inter, hidden // 32),
+        codes(count, hidden, inter // 2),
+        bytes_(count, hidden, inter // 32),
+    )
+
+
+def random_tokens(tokens, top_k, experts, hidden, seed=0):
+    """x, distinct ids, weights that sum to one."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=g).bfloat16()
+    ids = torch.rand(tokens, experts, generator=g).argsort(-1)[:, :top_k]
+    return x, ids, torch.rand(tokens, top_k, generator=g).softmax(-1)
+
+
+def oracle(x, ids, weights, experts):
+    """float64, one token and one routed expert at a time, from the readable decoder."""
+
+    def values(codes, scales):
+        return mxfp4.dequantize(mxfp4.unpack(codes), scales, torch.float64)
+
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for t, (row, w) in enumerate(zip(ids.tolist(), weights.double(), strict=True)):
+        for e, weight in zip(row, w, strict=True):
+            gate, up = (values(experts.gate_up[e], experts.gate_up_scales[e]) @ x[t].double()).chunk(2)
+            hidden = gate / (1 + torch.exp(-gate)) * up
+            y[t] += weight * (values(experts.down[e], experts.down_scales[e]) @ hidden)
+    return y
+
+
+def relative_error(y, expected):
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+# ---- the definition and the layout
+
+
+@outside
+def test_reference_is_the_formula():
+    experts = random_experts(5, 64, 96)
+    x, ids, weights = random_tokens(7, 3, 5, 64)
+    ids[2] = torch.tensor([4, 4, 1])  # a repeated expert counts twice
+    expected = oracle(x, ids, weights, experts)
+    assert relative_error(moe.reference(x, ids, weights, experts, torch.float64), expected) < 1e-12
+    assert relative_error(moe.reference(x, ids, weights, experts), expected) < 1e-6
+    y = moe.moe(x, ids.int(), weights, moe.pack_experts(experts))
+    assert y.dtype == torch.bfloat16 and relative_error(y, expected) < 3e-3
+
+
+@outside
+def test_every_word():
+    codes = torch.tensor(list(itertools.product(range(16), repeat=4)))
+    words = moe.pack_words(codes)
+    assert words.unique().numel() == 16**4
+    assert torch.equal(moe.unpack_words(words).long(), codes)
+    # The bit patterns that the kernels make of a word are BF16 numbers: the code times 2**-126.
+    w = words.int() & 0xFFFF
+    last = ((w << 1) & 0x8000) | ((w >> 3) & 0x0180) | ((w >> 7) & 0x0040)
+    bits = torch.stack([w & 0x81C0, (w << 3) & 0x81C0, (w << 6) & 0x81C0, last], -1)
+    grid = torch.tensor([*mxfp4.GRID, *(-v for v in mxfp4.GRID)], dtype=torch.float64)
+    exact = (bits << 16).view(torch.float32).double() * 2.0**126
+    assert torch.equal(exact, grid[codes])
+    assert moe.pack_words(torch.tensor([1, 9, 2, 15])).item() == 0x7C4A  # the example of the module
+
+
+@outside
+def test_the_place_of_every_weight():
+    """Brute force over the sentence in the module: which code lies where."""
+    experts = random_experts(1, 256, 128)
+    packed = moe.pack_experts(experts)
+    down = mxfp4.unpack(experts.down[0])
+    for row, k in itertools.product((0, 7, 8, 15, 16, 255), (0, 3, 4, 77, 127)):
+        word = packed.down[0, row // 16, k // 128, row % 16, k % 128 // 4]
+        assert moe.unpack_words(word)[k % 4] == down[row, k]
+        scale = packed.down_scales[0, row // 16, k // 128, row % 16, k % 128 // 32]
+        assert int(scale) == int(experts.down_scales[0, row, k // 32]) + 126
+    gate, up = mxfp4.unpack(experts.gate_up[0]).chunk(2)
+    for i, k in itertools.product((0, 7, 8, 100), (0, 130, 255)):
+        for matrix, row in ((gate, i // 8 * 16 + i % 8), (up, i // 8 * 16 + 8 + i % 8)):
+            word = packed.gate_up[0, row // 16, k // 128, row % 16, k % 128 // 4]
+            assert moe.unpack_words(word)[k % 4] == matrix[i, k]
+
+
+@outside
+@pytest.mark.parametrize(("hidden", "inter"), [(128, 128), (576, 192), (96, 32), (256, 384)])
+def test_round_trip(hidden, inter, assert_same_bits):
+    experts = random_experts(3, hidden, inter, seed=hidden, scales=(0, 129))
+    packed = moe.pack_experts(experts)
+    for name in FIELDS:
+        assert_same_bits(getattr(moe.unpack_experts(packed), name), getattr(experts, name))
+        some = moe.unpack_experts(packed, torch.tensor([2, 0]))
+        assert_same_bits(getattr(some, name), getattr(experts, name)[[2, 0]])
+    hp, ip = packed.padded
+    assert hp % 128 == ip % 128 == 0 <= hp - hidden < 128 and ip - inter < 128
+    assert packed.bytes_per_expert == 3 * hp * ip * 17 // 32
+
+
+@outside
+def test_refusals():
+    experts = random_experts(4, 128, 128)
+    packed = moe.pack_experts(experts)
+    x, ids, weights = random_tokens(4, 2, 4, 128)
+    with pytest.raises(ValueError, match=r"ids: 0 to 4, not 0 to 3"):
+        moe.reference(x, torch.tensor([[0, 4]] * 4), weights, experts)
+    with pytest.raises(ValueError, match="17 tokens; give 1 to 16"):
+        moe.moe(x[:1].expand(17, -1), ids[:1].expand(17, -1), weights[:1].expand(17, -1), packed)
+    with pytest.raises(ValueError, match=r"x: torch.float32"):
+        moe.moe(x.float(), ids, weights, packed)
+    with pytest.raises(ValueError, match=r"expected \[T, H\] and twice"):
+        moe.moe(x, ids[:2], weights, packed)
+    with pytest.raises(ValueError, match=r"weights torch\.bfloat16"):
+        moe.moe(x, ids, weights.bfloat16(), packed)
+    experts.down_scales[1, 2, 3] = 129
+    with pytest.raises(ValueError, match="down_scales: byte 129, above 128"):
+        moe.pack_experts(experts)
+    with pytest.raises(ValueError, match=r"down: torch.uint8 \[4, 128, 32\], expected"):
+        moe.pack_experts(moe.Experts(experts.gate_up, experts.gate_up_scales, experts.down[..., :32], experts.down))
+
+
+# ---- the kernels in the interpreter
+
+
+@outside
+def test_kernels_in_the_interpreter():
+    """Triton reads the variable when it is first imported, so the kernels get a process of their own."""
+    triton = pytest.importorskip("triton")
+    numpy = importlib.metadata.version("numpy")
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        pytest.skip(f"the interpreter of triton 3.6 cannot loop up to a loaded value with numpy {numpy}; 2.3 works")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0 and "20 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def small():
+    experts = random_experts(6, 128, 128)
+    return experts, moe.pack_experts(experts)
+
+
+@pytest.fixture
+def kernels():
+    from mimo_kernels import moe_triton
+
+    return moe_triton
+
+
+@inside
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16])
+def test_tokens(kernels, small, tokens):
+    experts, packed = small
+    x, ids, weights = random_tokens(tokens, 2, 6, 128, seed=tokens)
+    assert relative_error(kernels.moe(x, ids, weights, packed), oracle(x, ids, weights, experts)) < 1e-2
+
+
+@inside
+def test_the_tiles_of_the_published_geometries(kernels):
+    """More than one step of K, slice of the down product, and row tile; padding in both dimensions."""
+    experts = random_experts(3, 480, 480, seed=1)
+    packed = moe.pack_experts(experts)
+    config = kernels.config_for(*packed.padded)
+    assert config == kernels.Config(kernels.GATE_UP_TILES[0], kernels.DOWN_TILES[0], 8)
+    x, ids, weights = random_tokens(3, 2, 3, 480)
+    assert relative_error(kernels.moe(x, ids, weights, packed), oracle(x, ids, weights, experts)) < 1e-2
+
+
+@inside
+@pytest.mark.parametrize("routing", ["one expert", "all but one", "repeated"])
+def test_ragged_loads(kernels, small, routing):
+    experts, packed = small
+    x, ids, weights = random_tokens(5, 2, 6, 128, seed=3)
+    if routing == "repeated":
+        ids = torch.tensor([[5, 5], [0, 5], [3, 3], [5, 3], [1, 1]])
+    else:
+        ids = torch.full((5, 1), 4)
+        ids[3] = 4 if routing == "one expert" else 0
+        weights = weights[:, :1].contiguous()
+    assert relative_error(kernels.moe(x, ids, weights, packed), oracle(x, ids, weights, experts)) < 1e-2
+
+
+@inside
+@pytest.mark.parametrize("scale", [0, 64, 128])
+def test_extreme_scales(kernels, scale):
+    """Every scale of `down` at one end of the range; gate and up are ordinary."""
+    experts = random_experts(2, 128, 128, seed=scale)
+    experts.down_scales.fill_(scale)
+    x, ids, weights = random_tokens(2, 1, 2, 128)
+    expected = oracle(x, ids, weights, experts)
+    y = kernels.moe(x, ids, weights, moe.pack_experts(experts))
+    assert expected.abs().max() > 2.0 ** (scale - 127) and relative_error(y, expected) < 1e-2
+
+
+@inside
+def test_bits_depend_on_the_token_alone(kernels, small, assert_same_bits):
+    _, packed = small
+    x, ids, weights = random_tokens(6, 2, 6, 128, seed=9)
+    y = kernels.moe(x, ids, weights, packed)
+    assert_same_bits(kernels.moe(x, ids, weights, packed), y)
+    for some in ([4], [5, 0, 3]):
+        assert_same_bits(kernels.moe(x[some], ids[some].int(), weights[some], packed), y[some])
+
+
+@inside
+def test_an_expert_that_overflows_for_others_does_no_harm(kernels):
+    """Token 0 is huge and its own expert small: under the expert of token 1 its hidden activations are infinite."""
+    experts = random_experts(2, 128, 128)
+    experts.gate_up_scales[0] -= 100
+    x, _, weights = random_tokens(2, 1, 2, 128)
+    x[0] *= 2.0**100
+    ids = torch.tensor([[0], [1]])
+    y = kernels.moe(x, ids, weights, moe.pack_experts(experts))
+    assert y.isfinite().all() and relative_error(y, oracle(x, ids, weights, experts)) < 1e-2
+
+
+@inside
+@pytest.mark.parametrize(("tokens", "top_k", "pool"), [(1, 1, 100), (3, 5, 9), (8, 8, 100), (16, 8, 100), (16, 7, 3)])
+def test_prepare(kernels, tokens, top_k, pool):
+    """The list of experts, its groups, the combine weights and the order of x, against Python sets."""
+    pages = torch.empty(100, 1, 1, 16, 32)
+    packed = moe.PackedExperts(pages, pages, pages.expand(100, 8, 1, 16, 32), pages, hidden=100, inter=100)
+    g = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(100 - pool, 100, (tokens, top_k), generator=g)
+    x, _, weights = random_tokens(tokens, top_k, 100, 100)
+    config = kernels.Config(kernels.GATE_UP_TILES[-1], kernels.DOWN_TILES[-1], groups=4)
+    out = kernels.prepare(x, ids, weights, packed, config)
+    slots, distinct = min(tokens * top_k, 100), sorted(set(ids.flatten().tolist()))
+    assert out.list[:slots].tolist() == distinct + [-1] * (slots - len(distinct))
+    assert out.list[slots:].tolist() == [sum(e < 25 * group for e in distinct) for group in range(5)]
+    for combine, e in zip(out.combine, distinct, strict=False):
+        torch.testing.assert_close(combine[:tokens], torch.where(ids == e, weights, 0).sum(-1))
+        assert not combine[tokens:].any()
+    assert not out.combine[len(distinct) :].any()
+    padded = torch.zeros(len(out.x), 128, dtype=torch.bfloat16)
+    padded[:tokens, :100] = x
+    assert torch.equal(out.x.view(-1, 4, 32).transpose(1, 2).flatten(1), padded)
+
+
+# ---- the machine code, ahead of time and without a GPU
+
+TRITON = importlib.util.find_spec("triton")
+CUOBJDUMP = Path(TRITON.origin).parent / "backends/nvidia/bin/cuobjdump" if TRITON else Path("cuobjdump")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
+
+
+def compile_for_sm90(kernel, pointers, constants, warps, stages):
+    """(machine instructions as (address, opcode, arguments), registers a thread) of a kernel for an H100 or H200."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: pointers.get(n) or ("constexpr" if n in constants else "i32") for n in names}
+    # Tensors start at multiples of 16 bytes. Without that promise Triton would load bytes, and the counts mean nothing.
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        listing, usage = (
+            subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(listing)]
+    return code, int(re.search(r"REG:(\d+)", usage).group(1))
+
+
+def main_loop(code):
+    """Opcodes of the smallest loop (a branch back) that multiplies matrices."""
+    jumps = [(int(re.search(r"0x([0-9a-f]+)", rest).group(1), 16), at) for at, op, rest in code if op == "BRA"]
+    bodies = ([op for at, op, _ in code if first <= at <= last] for first, last in jumps if first < last)
+    return min((b for b in bodies if any("MMA.16816" in op or "GMMA" in op for op in b)), key=len)
+
+
+needs_tools = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="no triton package with cuobjdump")
+
+
+@outside
+@needs_tools
+@pytest.mark.parametrize(("product", "tokens", "bound"), [
+    ("gate_up", 8, 2.75), ("down", 8, 2.9), ("gate_up", 16, 3.15), ("down", 16, 3.45),
+])  # fmt: skip
+def test_instructions_a_weight(kernels, product, tokens, bound):
+    """Of the tiles that run on MiMo-V2.5 at TP 4. An H200 at full memory speed has time for about 4.1."""
+    config = kernels.config_for(4096, 512)
+    words = {"W": "*i16", "S": "*u8", "LIST": "*i16"}
+    if product == "gate_up":
+        kernel, tile, shape = kernels._gate_up_kernel, config.gate_up, {"K": 4096, "ROWS": 1024}
+        pointers = words | {"HIDDEN": "*bf16", "X": "*bf16"}
+    else:
+        kernel, tile, shape = kernels._down_kernel, config.down, {"K": 512, "ROWS": 4096}
+        pointers = words | {"OUT": "*fp32", "HIDDEN": "*bf16", "COMBINE": "*fp32"}
+    constants = shape | {"BM": tile.rows, "BN": tokens, "BK": tile.k, "PTX": True}
+    code, registers = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
+    loop = main_loop(code)
+    assert len(loop) * tile.warps * 32 / (tile.rows * tile.k) <= bound
+    assert not [op for _, op, _ in code if op.startswith(("LDL", "STL"))]
+    assert registers <= (128 if tokens == 8 else 168)
+    # Weights are copied 16 bytes at a time, and a step waits for its own copies only: those of later steps go on.
+    per_thread = tile.rows * tile.k // 2 // (tile.warps * 32)
+    assert sum(op.startswith("LDGSTS") and op.endswith("BYPASS.128") for op in loop) >= per_thread // 16
+    under_way = max(int(rest.split("0x")[1], 16) for _, op, rest in code if op == "DEPBAR.LE")
+    assert under_way >= (tile.stages - 2) * loop.count("LDGDEPBAR")
+
+
+@outside
+@needs_tools
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_everything_compiles(kernels, tokens):
+    """Also with the arguments that are 1 for one token of a one-expert router: Triton makes constants of them."""
+    n, top_k = max(tokens, 8), 1 if tokens == 1 else 8
+    ones = dict.fromkeys(("slots", "groups", "tokens"), 1) if tokens == 1 else {}
+    tile = kernels.DOWN_TILES[0]
+    down = {"K": 512, "ROWS": 4096, "BM": tile.rows, "BN": n, "BK": tile.k, "PTX": True}
+    prepare = {"K": 4096, "TOP_K": top_k, "P": tokens * top_k, "BN": n, "SLOTS": 16}
+    tables = {"LIST": "*i16", "COMBINE": "*fp32", "OUT": "*bf16"}
+    for kernel, pointers, constants in (
+        (kernels._prepare_kernel, tables | {"IDS": "*i64", "WEIGHTS": "*fp32", "X": "*bf16"}, prepare | ones),
+        (kernels._down_kernel, tables | {"W": "*i16", "S": "*u8", "HIDDEN": "*bf16"}, down),
+        (kernels._sum_kernel, {"OUT": "*bf16", "PARTS": "*fp32"}, {"COUNT": 8, "N": 256}),
+    ):
+        constants = constants | {k: v for k, v in ones.items() if k in kernel.arg_names}
+        code, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
+        assert not [op for _, op, _ in code if op.startswith(("LDL", "STL"))]
+
+
+# ---- the benchmark
+
+
+@outside
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it prints without a GPU")
+def test_bench_without_a_gpu(capsys):
+    from mimo_kernels import bench
+
+    config = Path(__file__).parents[2] / "recipes/model/mimo-v2.5.json"
+    bench.main([str(config), "--shape", "6144", "2048", "384", "8", "--tp", "4", "8", "--bandwidth", "4000"])
+    *text, last = capsys.readouterr().out.splitlines()
+    document = json.loads(last)
+    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 20
+    rows = {(r["model"], r["tp"], r["operator"], r["experts"]): r for r in document["rows"]}
+    flash = rows["mimo-v2.5", 4, "moe", 57]
+    assert flash["bytes"] == 57 * 3 * 4096 * 512 * 17 // 32 and flash["floor_us"] == round(flash["bytes"] / 4e6, 2)
+    assert rows["6144x2048x384top8", 8, "moe", 60]["bytes"] == 60 * 3 * 6144 * 256 * 17 // 32
+    assert rows["mimo-v2.5", 4, "encode even", 16]["bytes"] == 16 * 1024 * 4096 * 145 // 32
+    for bad in (["--tp", "3"], ["--tokens", "17"], ["--distinct", "65"]):
+        with pytest.raises(SystemExit):
+            bench.main([str(config), *bad])
+    assert "touch 8 to 64 experts" in capsys.readouterr().err
