@@ -35,9 +35,9 @@ from torch import nn
 from mimo_kernels import fp8, mxfp4
 from mimo_qat import data, statistics
 from mimo_qat.evaluate_report import markdown, plot_all, survival
+from mimo_qat.models.experts import TokenCounts, expert_parameters, transposed_experts
 from mimo_qat.models.load import body_and_head, final_hidden, load_for_training
 from mimo_qat.provenance import atomic_write, commit, hardware, versions, write_json, write_provenance
-from mimo_qat.qat.experts import TokenCounts, expert_parameters, transposed_experts
 from mimo_qat.qat.objective import next_tokens
 
 REFERENCE, NOISE, FP8_ROW = "reference", "noise", "FP8 block"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mimo_qat.checkpoint.geometry import read_json
-from mimo_qat.qat.experts import expert_parameters
+from mimo_qat.models.experts import expert_parameters
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

@@ -30,8 +30,8 @@ from mimo_kernels import mxfp4
 from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.models.compiled import use_training_kernels
+from mimo_qat.models.experts import expert_parameters
 from mimo_qat.provenance import hardware, versions, write_json
-from mimo_qat.qat.experts import expert_parameters
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 

@@ -45,7 +45,7 @@ def join(paths: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"{name}: KL {first['kl_mean']} and {other['kl_mean']}; the files are of two teachers")
         for part in whole:
             whole[part] |= doc.get(part, {})
-    return whole | {k: docs[0][k] for k in ("command", "commit", "versions", "hardware")}
+    return whole | {k: docs[0][k] for k in ("command", "commit", "versions", "hardware", "eval_rows")}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -78,7 +78,12 @@ def table(doc: dict[str, Any], names: Iterable[str]) -> str:
 
 def records(doc: dict[str, Any], modelopt: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The named figures first, then the KL of every row."""
-    conditions = {"hardware": doc["hardware"], "versions": doc["versions"], "seed": 0, "held_out_rows": 64}
+    conditions = {
+        "hardware": doc["hardware"],
+        "versions": doc["versions"],
+        "seed": 0,
+        "held_out_rows": doc["eval_rows"],
+    }
 
     def record(name: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
         extra = {"command": more.pop("command", doc["command"]), "commit": more.pop("commit", doc["commit"])}

@@ -49,6 +49,7 @@ class Study:
         self.began, self.path = time.monotonic(), Path(options.out or Path(options.work) / "study.json")
         self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
+        self.doc["eval_rows"] = options.eval_rows
         for key in ("rows", "runs"):
             self.doc.setdefault(key, {})
         self.doc["left_out"] = {}

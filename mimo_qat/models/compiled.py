@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mimo_qat.models import gpu_experts
-from mimo_qat.qat.experts import experts_modules
+from mimo_qat.models.experts import experts_modules
 
 COMPILED = ("MiMoV2Attention", "MiMoV2Router")
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mimo_kernels import mxfp4
-from mimo_qat.qat.experts import PROJECTIONS, contraction_dim, experts_modules
+from mimo_qat.models.experts import PROJECTIONS, contraction_dim, experts_modules
 from mimo_qat.qat.snap import SnappedCopy, local
 
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from mimo_qat.models.experts import experts_modules
 from mimo_qat.models.load import body_and_head
-from mimo_qat.qat.experts import experts_modules
 
 
 def shard(model: Any, device: torch.device) -> None:

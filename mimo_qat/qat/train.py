@@ -25,11 +25,11 @@ from transformers.integrations import unset_hf_deepspeed_config
 from mimo_qat import data
 from mimo_qat.models import cpu_experts
 from mimo_qat.models.compiled import use_training_kernels
+from mimo_qat.models.experts import TokenCounts, expert_parameters, match_report, transposed_experts
 from mimo_qat.models.load import final_hidden, load_for_training, save_trained
 from mimo_qat.provenance import JsonlLog, write_json, write_provenance
 from mimo_qat.qat import shard, state
 from mimo_qat.qat.config import FREE, QatConfig, learning_rate
-from mimo_qat.qat.experts import TokenCounts, expert_parameters, match_report, transposed_experts
 from mimo_qat.qat.hook import HookEngine
 from mimo_qat.qat.objective import agreement, chunked_loss, hidden_loss, next_tokens
 from mimo_qat.qat.snap import SnappedCopy

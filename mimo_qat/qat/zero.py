@@ -19,8 +19,8 @@ from deepspeed.utils import safe_get_local_fp32_param, set_z3_leaf_modules
 from torch import nn
 
 from mimo_kernels import mxfp4
+from mimo_qat.models.experts import experts_modules
 from mimo_qat.qat.config import QatConfig
-from mimo_qat.qat.experts import experts_modules
 from mimo_qat.qat.snap import SnappedCopy, Span, adamw, exchange, sum_over_processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

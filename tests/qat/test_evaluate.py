@@ -27,8 +27,8 @@ from mimo_qat.evaluate import (
     quantized,
 )
 from mimo_qat.evaluate_report import survival
+from mimo_qat.models.experts import expert_parameters
 from mimo_qat.models.upcycle import save_bf16
-from mimo_qat.qat.experts import expert_parameters
 from tests.qat.conftest import character_tokenizer
 
 ROWS = ["reference", "noise", "FP8 block", "RTN floor", "RTN even", "RTN rceil", "RTN mse"]

@@ -18,6 +18,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mimo_qat.models.experts import (
+    TokenCounts,
+    configured_moe_layers,
+    expert_parameters,
+    experts_modules,
+    match_report,
+    transposed_experts,
+)
 from mimo_qat.models.load import (
     NEED_MASKS,
     body_and_head,
@@ -25,14 +33,6 @@ from mimo_qat.models.load import (
     load_for_training,
     prove_documents_are_separate,
     save_trained,
-)
-from mimo_qat.qat.experts import (
-    TokenCounts,
-    configured_moe_layers,
-    expert_parameters,
-    experts_modules,
-    match_report,
-    transposed_experts,
 )
 
 COMMON = {

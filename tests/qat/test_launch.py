@@ -20,10 +20,10 @@ import torch
 import yaml
 
 from mimo_kernels import mxfp4
+from mimo_qat.models.experts import expert_parameters
 from mimo_qat.models.load import save_trained
 from mimo_qat.qat import state, train
 from mimo_qat.qat.config import QatConfig
-from mimo_qat.qat.experts import expert_parameters
 from mimo_qat.qat.hook import HookEngine
 from mimo_qat.qat.objective import forward_kl
 from mimo_qat.qat.snap import SnappedCopy

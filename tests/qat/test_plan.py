@@ -13,6 +13,7 @@ from mimo_qat.checkpoint.layout import default_drafter_config, drafter_tensors, 
 from mimo_qat.cli import VERBS
 from mimo_qat.commands import run
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+from mimo_qat.models.experts import expert_parameters
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
 from mimo_qat.plan import (
     PlanConfig,
@@ -36,7 +37,6 @@ from mimo_qat.plan_model import (
     shape_of,
 )
 from mimo_qat.plan_runtime import runtime_bytes
-from mimo_qat.qat.experts import expert_parameters
 from mimo_qat.qat.snap import SnappedCopy
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from torch import nn
 
 from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.reader import Checkpoint, load_model
-from mimo_qat.qat.experts import TokenCounts, expert_parameters
+from mimo_qat.models.experts import TokenCounts, expert_parameters
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 from mimo_qat.qat.train import QatConfig, Trainer, learning_rate, main

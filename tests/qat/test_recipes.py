@@ -12,9 +12,9 @@ from jsonargparse import ArgumentParser
 
 from mimo_qat.checkpoint.layout import parameters, target_tensors
 from mimo_qat.cli import VERBS
+from mimo_qat.models.experts import expert_parameters, match_report, transposed_experts
 from mimo_qat.plan import GIB, PlanConfig, capacity, main, memory, smallest, with_recipe
 from mimo_qat.plan_model import meta_model, read_shape, shape_of
-from mimo_qat.qat.experts import expert_parameters, match_report, transposed_experts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = sorted((RECIPES / "model").glob("*.json"))
