@@ -82,7 +82,8 @@ def distinct(tokens: Sequence[int], n: int = 3) -> float:
 
 
 def bytes_per_token(target: Target) -> int:
-    """Weight bytes that one token of plain decoding has to read (the embedding is one row)."""
+    """Weight bytes that one token of plain decoding has to read (the embedding is one row); of several ranks, those
+    of this one."""
     total = target.head.nbytes
     for layer in target.layers:
         share = layer.mlp.top_k / len(layer.mlp.down) if isinstance(layer.mlp, Moe) else 1
@@ -241,7 +242,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "conditions": made,
         "records": _records(rows["all"], made),
     }
-    if cfg.output:
+    if cfg.output and engine.ranks.rank == 0:
         write_json(cfg.output, document)
     return document
 
@@ -252,7 +253,13 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
     kept += ["tree_budget", "tree_adaptive", "cuda_graphs"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
-    where |= {"block": made["block"], "ngram_lookup": row["lookup_length"], **made["hardware"], **made["versions"]}
+    where |= {
+        "block": made["block"],
+        "ranks": made["ranks"],
+        "ngram_lookup": row["lookup_length"],
+        **made["hardware"],
+        **made["versions"],
+    }
     figures = {
         "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
         "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
@@ -275,6 +282,7 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(),
         "block": engine.block,
+        "ranks": engine.ranks.size,
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
         "settings": {k: v for k, v in settings.items() if k != "output"} | {"device": str(engine.device)},
