@@ -222,7 +222,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     if "step_ms" in rows["all"]:
         steps += f", with drafts {rows['all']['step_ms'] or 0:.1f} ms"
     print(steps)
-    print(f"plain decoding reads {need / 1e6:.0f} MB a token: {used:.1f} GB/s of {bandwidth:.1f} measured "
+    each = f" on each of {engine.ranks.size} ranks" if engine.ranks.size > 1 else ""
+    print(f"plain decoding reads {need / 1e6:.0f} MB a token{each}: {used:.1f} GB/s of {bandwidth:.1f} measured "
           f"({used / bandwidth:.0%} of the roofline)")  # fmt: skip
     equal = [e for r in runs for e in r["equality"]]
     different = [e for e in equal if not e["identical"]]

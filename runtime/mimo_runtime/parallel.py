@@ -123,7 +123,11 @@ def place(device: str) -> str:
     """The torch device for `device` "auto", "cpu" or "cuda": of several processes on a host each takes its own GPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and world()[1] > 1 else device
+    if world()[1] == 1:
+        return device
+    if device.startswith("cuda:"):
+        raise ValueError(f"device is {device} for all {world()[1]} processes; use cuda, each then takes its own GPU")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
 def connect(device: str, timeout: float, check: bool) -> Ranks:
@@ -168,6 +172,10 @@ def _store(rank: int) -> Any:
     """The launcher's key-value store: torchrun's own where it runs one, else rank 0 serves it."""
     import torch.distributed as dist
 
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            "WORLD_SIZE is set but MASTER_ADDR is not; start the processes with torchrun, or unset WORLD_SIZE"
+        )
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],

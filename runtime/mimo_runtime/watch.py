@@ -1,8 +1,8 @@
 """Names the rank that died or does not keep up, within seconds, where a collective would wait for it in silence.
 
 A thread of every process writes a beat to the launcher's key-value store twice a second, with the number of
-collectives that its main thread has begun, and reads those of the others. It costs the decoding nothing, and it still
-runs when the main thread hangs inside a collective or waits for a GPU that does.
+collectives that its main thread has begun, and reads those of the others. It costs the decoding next to nothing, and
+it still runs when the main thread hangs inside a collective or waits for a GPU that does.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""One of several processes that `test_parallel` starts: argv is the job, {"folder", "report", "then"}.
+"""One of several processes that `test_parallel` starts: argv is the job, a JSON document.
+
+{"folder": a release, "drafter": its folder, "report": where to write, "decode": bool, "then": how it ends}
 
 Writes what it decoded to REPORT-RANK.json, then the last rank misbehaves: it "differs", "dies", "hangs" or "ends".
 """
@@ -62,8 +64,13 @@ def misbehave(engine: Engine, then: str) -> str:
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    engine = Engine(job["folder"], settings())
-    report = {"tokens": everything(engine) if job["decode"] else None}
+    report = {}
+    if job["decode"]:
+        other = Engine(job["folder"], settings(drafter=job["drafter"], dtype="bfloat16", tree_adaptive=True))
+        report["bfloat16"] = other.generate(PROMPT, SamplingConfig(max_new_tokens=20, temperature=1.0)).tokens
+    engine = Engine(job["folder"], settings(drafter=job["drafter"]))
+    if job["decode"]:
+        report["tokens"] = everything(engine)
     path = Path(f"{job['report']}-{engine.ranks.rank}.json")
     path.write_text(json.dumps(report))
     report["said"] = misbehave(engine, job["then"])

@@ -20,7 +20,7 @@ from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime.cli import main
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, load_drafter, load_target
-from mimo_runtime.parallel import Ranks, checksum
+from mimo_runtime.parallel import Ranks, checksum, connect, place
 from mimo_runtime.shards import Shards, check_target, fused_rows
 
 HERE = Path(__file__).parent
@@ -96,9 +96,11 @@ def test_shares_of_a_release_are_cut_from_what_it_means(release, size):
     assert torch.equal(whole.layers[0].mlp.down, reader.weight("model.layers.0.mlp.down_proj", torch.float32))
 
 
-@pytest.mark.parametrize("layout", ["fused_qkv", "split"])
-def test_shares_of_a_bf16_folder_quantised_at_load(tmp_path, tiny_config, make_model, write_reference, layout):
-    config = tiny_config | {"attention_projection_layout": layout}
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_projection_layout": "split"}, {"tie_word_embeddings": True}], ids=str
+)
+def test_shares_of_a_bf16_folder_quantised_at_load(tmp_path, tiny_config, make_model, write_reference, changes):
+    config = tiny_config | changes
     folder = write_reference(tmp_path / "bf16", config, make_model(config))
     assert_shares_are_the_model(shares(folder, 4, rtn="even"), shares(folder, 1, rtn="even")[0])
 
@@ -202,6 +204,17 @@ def test_refusals_name_the_sizes_that_work(release):
         check_target(odd, 4)
 
 
+def test_launchers_that_cannot_work_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="device is cuda:1 for all 2 processes; use cuda"):
+        place("cuda:1")
+    with pytest.raises(ValueError, match="start the processes with torchrun"):
+        connect("cpu", 20.0, False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert place("cuda") == "cuda:1" and place("cpu") == "cpu"
+
+
 def test_a_checksum_sees_one_bit_and_an_exchange():
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16()
     changed = x.clone()
@@ -249,16 +262,21 @@ def reports(path: Path, size: int) -> list[dict]:
     return [json.loads(Path(f"{path}-{r}.json").read_text()) for r in range(size)]
 
 
-@pytest.mark.parametrize(("size", "then"), [(2, "differs"), (4, "dies")])
-def test_ranks_decode_the_tokens_of_one_process(release, tmp_path, size, then):
+@pytest.mark.parametrize(
+    ("size", "then", "head"), [(2, "differs", {"conv_kernel_size": 2, "selector_rank": 8}), (4, "dies", {})]
+)
+def test_ranks_decode_the_tokens_of_one_process(release, tmp_path, tiny_config, write_drafter, size, then, head):
     """Plain, chains, trees, forced acceptance, greedy and sampled, checked after every round; then one goes wrong."""
-    ranked = worker_module()
-    expected = ranked.everything(Engine(release, ranked.settings()))
+    ranked, drafter = worker_module(), write_drafter(tmp_path / "dflash", tiny_config, **head)
+    engine = Engine(release, ranked.settings(drafter=str(drafter)))
+    assert (engine.drafter.selector is not None) == bool(head)
+    expected = ranked.everything(engine)
     assert len(set(map(tuple, expected))) == len(ranked.SAMPLINGS)
-    job = {"folder": str(release), "report": str(tmp_path / "out"), "decode": True, "then": then}
-    codes, said, _ = launch(size, job)
+    job = {"folder": str(release), "drafter": str(drafter), "report": str(tmp_path / "out")}
+    codes, said, _ = launch(size, job | {"decode": True, "then": then})
     found = reports(tmp_path / "out", size)
     assert [f["tokens"] for f in found] == [expected] * size, said
+    assert len(found[0]["bfloat16"]) == 20 and all(f["bfloat16"] == found[0]["bfloat16"] for f in found)
     if then == "differs":
         assert codes == [0] * size, said
         assert {f["said"] for f in found} == {
@@ -274,7 +292,7 @@ def test_ranks_decode_the_tokens_of_one_process(release, tmp_path, size, then):
     [("hangs", "rank 1 of 2 stopped the run: it is alive but late"), ("ends", "rank 1 of 2 stopped the run: it ended")],
 )
 def test_a_rank_that_does_not_come_is_named(release, tmp_path, then, message):
-    job = {"folder": str(release), "report": str(tmp_path / "out"), "decode": False, "then": then}
+    job = {"folder": str(release), "drafter": "auto", "report": str(tmp_path / "out"), "decode": False, "then": then}
     codes, said, seconds = launch(2, job)
     assert codes == [1, 1] and len(errors(said)) == 1 and message in errors(said)[0], said
     assert seconds < 40  # its sleep is 60 s
