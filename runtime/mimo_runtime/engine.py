@@ -258,7 +258,8 @@ class Engine:
             least = max(least, min(times[1:]))
             seconds.append(least)
         # All ranks have to cut their trees alike: by the slowest one's times.
-        seconds = self.ranks.gather(torch.tensor([seconds]).T).amax(-1).tolist()
+        own = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        seconds = self.ranks.gather(own[:, None]).amax(-1).tolist()
         return lambda n: seconds[bisect.bisect_left(sizes, n)]
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:

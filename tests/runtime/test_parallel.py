@@ -274,6 +274,7 @@ def test_ranks_decode_the_tokens_of_one_process(release, tmp_path, tiny_config, 
     assert len(set(map(tuple, expected))) == len(ranked.SAMPLINGS)
     job = {"folder": str(release), "drafter": str(drafter), "report": str(tmp_path / "out")}
     codes, said, _ = launch(size, job | {"decode": True, "then": then})
+    assert "Traceback" not in said, said
     found = reports(tmp_path / "out", size)
     assert [f["tokens"] for f in found] == [expected] * size, said
     assert len(found[0]["bfloat16"]) == 20 and all(f["bfloat16"] == found[0]["bfloat16"] for f in found)
