@@ -82,7 +82,8 @@ def distinct(tokens: Sequence[int], n: int = 3) -> float:
 
 
 def bytes_per_token(target: Target) -> int:
-    """Weight bytes that one token of plain decoding has to read (the embedding is one row)."""
+    """Weight bytes that one token of plain decoding has to read (the embedding is one row); of several ranks, those
+    of this one."""
     total = target.head.nbytes
     for layer in target.layers:
         share = layer.mlp.top_k / len(layer.mlp.down) if isinstance(layer.mlp, Moe) else 1
@@ -223,7 +224,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     if "step_ms" in rows["all"]:
         steps += f", with drafts {rows['all']['step_ms'] or 0:.1f} ms"
     print(steps)
-    print(f"plain decoding reads {need / 1e6:.0f} MB a token: {used:.1f} GB/s of {bandwidth:.1f} measured "
+    each = f" on each of {engine.ranks.size} ranks" if engine.ranks.size > 1 else ""
+    print(f"plain decoding reads {need / 1e6:.0f} MB a token{each}: {used:.1f} GB/s of {bandwidth:.1f} measured "
           f"({used / bandwidth:.0%} of the roofline)")  # fmt: skip
     equal = [e for r in runs for e in r["equality"]]
     different = [e for e in equal if not e["identical"]]
@@ -243,7 +245,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "conditions": made,
         "records": _records(rows["all"], made),
     }
-    if cfg.output:
+    if cfg.output and engine.ranks.rank == 0:
         write_json(cfg.output, document)
     return document
 
@@ -254,7 +256,13 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
     kept += ["tree_budget", "tree_adaptive", "cuda_graphs"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
-    where |= {"block": made["block"], "ngram_lookup": row["lookup_length"], **made["hardware"], **made["versions"]}
+    where |= {
+        "block": made["block"],
+        "ranks": made["ranks"],
+        "ngram_lookup": row["lookup_length"],
+        **made["hardware"],
+        **made["versions"],
+    }
     figures = {
         "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
         "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
@@ -277,6 +285,7 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(),
         "block": engine.block,
+        "ranks": engine.ranks.size,
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
         "settings": {k: v for k, v in settings.items() if k != "output"} | {"device": str(engine.device)},

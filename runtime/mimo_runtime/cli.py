@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ verbs:
   quality    a release against its unquantised reference
   serve      an OpenAI-compatible server
 
+torchrun --nproc_per_node N -m mimo_runtime VERB FOLDER ... shares the model among N GPUs (generate and bench).
 mimo-runtime VERB --help lists the fields of a verb; --print_config prints them as YAML."""
 
 
@@ -26,13 +28,18 @@ def generate(cfg: GenerateConfig) -> None:
     """Generates after one prompt and prints the text as it is committed; speed goes to standard error."""
     from mimo_runtime.detokenize import Decoder, Detokenizer
     from mimo_runtime.engine import Engine
+    from mimo_runtime.parallel import world
     from mimo_runtime.prompts import encode, load_tokenizer
 
+    if cfg.prompt is None and world()[1] > 1:
+        raise ValueError("several processes cannot share standard input; give --prompt")
     tokenizer = load_tokenizer(cfg.folder)
     ids = encode(tokenizer, sys.stdin.read() if cfg.prompt is None else cfg.prompt, cfg.chat)
     engine, text = Engine(cfg.folder, cfg), Detokenizer(Decoder(tokenizer))
     out = engine.generate(ids, cfg, on_tokens=lambda tokens: print(text.push(tokens), end="", flush=True))
     print(text.flush())
+    if engine.ranks.rank:
+        return
     full = [r.accepted + 1 for r in out.rounds if not r.cut]
     rate = f", {sum(full) / len(full):.2f} tokens a round" if full and engine.drafter else ""
     print(
@@ -89,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from mimo_qat.commands import run_one
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args[0] not in ("generate", "bench"):
+            print(f"error: {args[0]} runs in one process; generate and bench run in several", file=sys.stderr)
+            return 2
+        if int(os.environ.get("RANK", 0)):  # the first rank speaks for all, the others for their errors
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
     name, *rest = args
     if rest and not rest[0].startswith("-"):
         rest[0] = f"--folder={rest[0]}"

@@ -27,6 +27,12 @@ class EngineConfig:
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False
     """replay each decoding pass, with and without a drafter, as one CUDA graph; attention then reads max_len keys"""
+    rank_timeout: float = 20.0
+    """of several processes: seconds without a sign of a rank, or of its next step, after which the others name it and
+    stop"""
+    check_ranks: bool = False
+    """of several processes: compare the bits of their activations and tokens after every round, and stop at the first
+    difference; slower, for debugging"""
 
 
 @dataclass(kw_only=True)

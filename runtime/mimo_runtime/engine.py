@@ -31,6 +31,7 @@ from mimo_runtime.model import (
     target_forward,
     tree_rows,
 )
+from mimo_runtime.parallel import connect, place
 from mimo_runtime.speculate import Propose, Round, choose, decode, draft_candidates, forced_drafts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -59,7 +60,10 @@ class Generation:
 
 
 class Engine:
-    """A target, its drafter if there is one, and their caches."""
+    """A target, its drafter if there is one, and their caches; of several ranks, one rank's share of all.
+
+    All ranks are asked for the same and answer the same.
+    """
 
     def __init__(self, folder: str | Path, cfg: EngineConfig | None = None, *, rtn: Rule | None = None):
         """Loads a release or BF16 folder; `rtn` snaps the experts of a BF16 folder to MXFP4 with that scale rule.
@@ -68,8 +72,9 @@ class Engine:
         """
         cfg = cfg or EngineConfig()
         folder = Path(folder)
-        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        load = LoadConfig(device, DTYPES[cfg.dtype], rtn)
+        device = place(cfg.device)
+        self.ranks = connect(device, cfg.rank_timeout, cfg.check_ranks)
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, self.ranks)
         self.folder, self.cfg = folder, cfg
         self.target = load_target(folder, load)
         self.device = self.target.embed.device
@@ -139,6 +144,7 @@ class Engine:
         out, began = Generation(), time.perf_counter()
         logits = self._prefill(prompt_ids, drafter)
         first = int(choose(logits, torch.tensor([len(prompt_ids)], device=self.device), sampling)[0])
+        self.ranks.agree("the prefill", [first])
         out.tokens.append(first)
         out.prefill_seconds = time.perf_counter() - began
         if on_tokens:
@@ -147,6 +153,7 @@ class Engine:
         began = time.perf_counter()
         for r in decode(verify, propose, first, len(prompt_ids), room, sampling, commit):
             out.rounds.append(r)
+            self.ranks.agree(f"round {len(out.rounds)}", r.tokens)
             out.tokens += r.tokens
             out.round_seconds.append(time.perf_counter() - began)
             if on_tokens:
@@ -185,6 +192,7 @@ class Engine:
         ids = self._tensor(rows)
         if not self.cfg.cuda_graphs:
             return function(ids, start, *more)
+        self.ranks.begin_pass()
         inputs, key = (ids, torch.tensor(start, device=self.device), *more), (kind, len(rows))
         if key not in self._graphs:
             self._graphs[key] = Graph(function, inputs)
@@ -249,12 +257,17 @@ class Engine:
                 times.append(time.perf_counter() - began)
             least = max(least, min(times[1:]))
             seconds.append(least)
+        # All ranks have to cut their trees alike: by the slowest one's times.
+        own = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        seconds = self.ranks.gather(own[:, None]).amax(-1).tolist()
         return lambda n: seconds[bisect.bisect_left(sizes, n)]
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self.device)
 
     def _check_graphs(self, most_rows: int) -> None:
+        if self.cfg.check_ranks:
+            raise ValueError("check_ranks looks between the steps of a pass, which cuda_graphs replays; leave one out")
         moes = [layer.mlp for layer in self.target.layers if isinstance(layer.mlp, Moe)]
         if self.device.type != "cuda":
             raise ValueError("cuda_graphs needs a GPU; leave it out on a CPU")

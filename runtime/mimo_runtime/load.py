@@ -8,7 +8,7 @@ reference, and snaps its experts to MXFP4 on request: the plain post-training qu
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
 from mimo_qat.models.draft_tree import TOP_K
+from mimo_runtime.parallel import Ranks
+from mimo_runtime.shards import Shards, check_shares, check_target, head_rows, kv_heads, local, part, query_heads
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """The model whose tokens are generated: `embed` and `head` [vocabulary, H]."""
+    """The model whose tokens are generated: `embed` and `head` [vocabulary, H], of several ranks its share of rows.
+
+    `geometry` is of the whole model; the layers' own are of the share.
+    """
 
     geometry: Geometry
     embed: torch.Tensor
@@ -106,12 +111,16 @@ class Target:
     head: torch.Tensor
     eps: float
     stop_token_ids: tuple[int, ...]
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
 class Drafter:
     """A DFlash drafter: `fc` [H, taps*H], a stack of layers, the embedding [H] of its MASK token; embedding table and
-    head are the target's. Ids from `vocab_size` on are never drafted. `block` counts the anchor and its drafts."""
+    head are the target's. Ids from `vocab_size` on are never drafted. `block` counts the anchor and its drafts.
+
+    Of several ranks each has its share of the rows of `fc` and of the layers.
+    """
 
     taps: tuple[int, ...]
     block: int
@@ -123,20 +132,25 @@ class Drafter:
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     mask_embedding: torch.Tensor
+    ranks: Ranks
     selector: Selector | None = None
 
 
 class Progress:
-    """A bar on standard error with bytes and bytes per second; one final line where that is not a terminal."""
+    """A bar on standard error with bytes and bytes per second; one final line where that is not a terminal.
 
-    def __init__(self, what: str, steps: int):
+    Of several ranks the first one shows it, with the bytes of its own share.
+    """
+
+    def __init__(self, what: str, steps: int, ranks: Ranks):
         self.what, self.steps, self.step, self.bytes, self.began = what, steps, 0, 0, time.perf_counter()
+        self.quiet = ranks.rank > 0
 
     def advance(self, *tensors: torch.Tensor | None) -> None:
         self.step += 1
         self.bytes += sum(t.nbytes for t in tensors if t is not None)
         last = self.step == self.steps
-        if not (last or sys.stderr.isatty()):
+        if self.quiet or not (last or sys.stderr.isatty()):
             return
         seconds = max(time.perf_counter() - self.began, 1e-9)
         bar = "=" * (24 * self.step // self.steps)
@@ -147,11 +161,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4."""
+    """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `ranks` says
+    whose share is read."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     rtn: mxfp4.Rule | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
@@ -166,49 +182,61 @@ def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
             f"{folder} holds {checkpoint.format[0]} experts; round-to-nearest quantisation starts from BF16 experts, "
             "so give the unquantised folder"
         )
-    g = checkpoint.geometry
-    bar = Progress("loading target", g.num_hidden_layers + 1)
-    embed = _weight(checkpoint, "model.embed_tokens", cfg)
-    head = embed if g.tie_word_embeddings else _weight(checkpoint, "lm_head", cfg)
+    g, shards = checkpoint.geometry, Shards(checkpoint, cfg.ranks)
+    check_target(g, cfg.ranks.size)
+    bar = Progress("loading target", g.num_hidden_layers + 1, cfg.ranks)
+    embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
+    head = embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg)
     bar.advance(embed, None if g.tie_word_embeddings else head)
     layers = []
     for i in range(g.num_hidden_layers):
-        layers.append(_target_layer(checkpoint, g, i, cfg))
+        layers.append(_target_layer(shards, g, i, cfg))
         bar.advance(*layers[-1].weights())
-    norm = _weight(checkpoint, "model.norm", cfg)
+    norm = _own(shards.whole("model.norm", cfg.dtype), cfg)
+    shards.complete()
     stops = stop_tokens(Path(folder), checkpoint.config)
-    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stops)
+    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stops, cfg.ranks)
 
 
-def _weight(checkpoint: Checkpoint, name: str, cfg: LoadConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
     # A copy: stored tensors are views of a mapped file, unaligned and at the mercy of whoever rewrites it.
-    return checkpoint.weight(name, dtype or cfg.dtype).to(cfg.device, copy=True)
+    return tensor.to(cfg.device, copy=True).contiguous()
 
 
-def _target_layer(checkpoint: Checkpoint, g: Geometry, i: int, cfg: LoadConfig) -> Layer:
+def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer:
     at, geometry = f"model.layers.{i}.", g.layers[i]
 
-    def weight(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return _weight(checkpoint, at + name, cfg, dtype)
+    def whole(name: str, dtype: torch.dtype = cfg.dtype) -> torch.Tensor:
+        return _own(shards.whole(at + name, dtype), cfg)
 
+    def rows(name: str) -> torch.Tensor:
+        return _own(shards.rows(at + name, cfg.dtype), cfg)
+
+    def columns(name: str) -> torch.Tensor:
+        return _own(shards.columns(at + name, cfg.dtype), cfg)
+
+    sink = None
+    if geometry.sink:  # a few values, of which the share is cut from the whole
+        heads = query_heads(geometry, cfg.ranks)
+        sink = whole("self_attn.attention_sink_bias", torch.float32)[heads.start : heads.stop]
     attention = Attention(
-        geometry=geometry,
+        geometry=local(geometry, cfg.ranks),
         window=g.sliding_window if geometry.swa else None,
         value_scale=g.attention_value_scale,
         eps=g.layernorm_epsilon,
-        qkv=torch.cat(checkpoint.qkv(i, cfg.dtype)).to(cfg.device),
-        o=weight("self_attn.o_proj"),
-        sink=weight("self_attn.attention_sink_bias", torch.float32) if geometry.sink else None,
+        qkv=shards.qkv(i, cfg.dtype).to(cfg.device),
+        o=columns("self_attn.o_proj"),
+        sink=sink,
     )
     mlp: Mlp | Moe
     if geometry.moe:
-        gate_up, down = checkpoint.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
+        gate_up, down = shards.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
         if cfg.rtn is not None:
             gate_up = mxfp4.snap(gate_up, cfg.rtn, name=at + "mlp.experts.gate_up").to(cfg.dtype)
             down = mxfp4.snap(down, cfg.rtn, name=at + "mlp.experts.down").to(cfg.dtype)
         mlp = Moe(
-            router=weight("mlp.gate", torch.float32),
-            bias=weight("mlp.gate.e_score_correction_bias", torch.float32),
+            router=whole("mlp.gate", torch.float32),
+            bias=whole("mlp.gate.e_score_correction_bias", torch.float32),
             top_k=g.num_experts_per_tok,
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
@@ -216,8 +244,8 @@ def _target_layer(checkpoint: Checkpoint, g: Geometry, i: int, cfg: LoadConfig) 
             down=down.to(cfg.device),
         )
     else:
-        mlp = Mlp(torch.cat((weight("mlp.gate_proj"), weight("mlp.up_proj"))), weight("mlp.down_proj"))
-    norms = weight("input_layernorm"), weight("post_attention_layernorm")
+        mlp = Mlp(torch.cat((rows("mlp.gate_proj"), rows("mlp.up_proj"))), columns("mlp.down_proj"))
+    norms = whole("input_layernorm"), whole("post_attention_layernorm")
     return Layer(norms[0], attention, norms[1], mlp, g.layernorm_epsilon)
 
 
@@ -229,8 +257,13 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
     config, tensors, mask_embedding = read_drafter(folder)
     d = DraftGeometry.from_config(config)
     _check_pair(d, target.geometry)
-    weights = {name.removesuffix(".weight"): t.to(cfg.device, cfg.dtype, copy=True) for name, t in tensors.items()}
-    bar = Progress("loading drafter", 1)
+    sizes = {"intermediate_size": (d.intermediate_size, 1), "hidden_size": (d.hidden_size, 1)}
+    check_shares("this drafter", [_draft_geometry(d)], sizes, cfg.ranks.size)
+    weights = {}
+    for name, t in tensors.items():
+        base = name.removesuffix(".weight")
+        weights[base] = _draft_share(base, t, d, cfg.ranks).to(cfg.device, cfg.dtype, copy=True).contiguous()
+    bar = Progress("loading drafter", 1, cfg.ranks)
     bar.advance(*weights.values())
     return Drafter(
         taps=d.target_layer_ids,
@@ -240,9 +273,10 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
         eps=d.rms_norm_eps,
         fc=weights["fc"],
         hidden_norm=weights["hidden_norm"],
-        layers=tuple(_draft_layer(weights, d, f"layers.{i}.") for i in range(d.num_hidden_layers)),
+        layers=tuple(_draft_layer(weights, d, f"layers.{i}.", cfg.ranks) for i in range(d.num_hidden_layers)),
         norm=weights["norm"],
         mask_embedding=mask_embedding.to(cfg.device, cfg.dtype),
+        ranks=cfg.ranks,
         selector=_selector(weights, config),
     )
 
@@ -267,8 +301,8 @@ def _conv(weights: dict[str, torch.Tensor], at: str) -> Conv | None:
     return Conv(weights[at + "base_kernel"], weights[at + "kernel_projection"])
 
 
-def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str) -> Layer:
-    geometry = LayerGeometry(
+def _draft_geometry(d: DraftGeometry) -> LayerGeometry:
+    return LayerGeometry(
         swa=d.sliding_window is not None,
         moe=False,
         heads=d.heads,
@@ -279,8 +313,29 @@ def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str) ->
         rope_theta=d.rope_theta,
         sink=d.sinks,
     )
+
+
+def _draft_share(base: str, t: torch.Tensor, d: DraftGeometry, ranks: Ranks) -> torch.Tensor:
+    """A rank's share of a drafter's tensor: heads and MLP as in the target, rows of `fc`; convolutions, selector and
+    norms are whole."""
+    g, kind = _draft_geometry(d), base.rpartition(".")[2]
+    heads, kv = head_rows(query_heads(g, ranks), d.head_dim), head_rows(kv_heads(g, ranks), d.head_dim)
+    if kind == "attention_sink_bias":
+        heads = query_heads(g, ranks)
+    rows = {"q_proj": heads, "attention_sink_bias": heads, "k_proj": kv, "v_proj": kv}
+    if kind in ("gate_proj", "up_proj", "fc"):
+        rows[kind] = part(len(t), ranks.rank, ranks.size)
+    if kind in rows:
+        return t[rows[kind].start : rows[kind].stop]
+    if kind in ("o_proj", "down_proj"):
+        columns = part(t.shape[1], ranks.rank, ranks.size)
+        return t[:, columns.start : columns.stop]
+    return t
+
+
+def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str, ranks: Ranks) -> Layer:
     attention = Attention(
-        geometry=geometry,
+        geometry=local(_draft_geometry(d), ranks),
         window=d.sliding_window,
         value_scale=d.value_scale,
         eps=d.rms_norm_eps,

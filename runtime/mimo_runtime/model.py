@@ -1,7 +1,8 @@
 """The forward passes of a MiMo-V2 target and of its DFlash drafter, as plain functions over plain tensors.
 
 One sequence, T new rows at absolute positions start..start+T-1. Every call has a fixed shape for a fixed T: lengths
-enter as positions and masks only, so the same calls can later be captured once and replayed.
+enter as positions and masks only, so the same calls can later be captured once and replayed. Of several ranks each has
+the same rows and its share of heads, MLP columns and vocabulary; what a sublayer adds to the rows is summed over ranks.
 
 Letters: T rows, H hidden size, N query heads, G key-value heads, K query/key head size, V value head size, S keys,
 E experts, I expert intermediate size.
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, Target
+from mimo_runtime.parallel import Ranks
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
 
@@ -70,13 +72,14 @@ def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tens
     return (out.float() * combine.t()[..., None]).sum(0)
 
 
-def moe_mlp(moe: Moe, x: torch.Tensor) -> torch.Tensor:
+def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
 
     A GPU computes every expert where that is `at_once`: a launch costs more than a few experts' bytes.
     """
     weights, chosen = route(moe, x)
     combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+    ranks.record(combine)  # a rank that chose other experts would add its stripes of those, and no error would show
     if x.is_cuda and at_once(moe, len(x)):
         return every_expert(moe, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -180,16 +183,29 @@ def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
     return q, k, v.reshape(len(x), g.kv_heads, g.v_head_dim) * w.value_scale
 
 
-def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks: Ranks) -> torch.Tensor:
     """Causal attention of a target layer; padding rows (beyond `rows.count`) are computed and never stored."""
+    ranks.record(x)
     q, k, v = project(w, x, rows)
     keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
-    return linear(attend(q, keys, values, rows.mask(cache), w.geometry.head_dim**-0.5, w.sink), w.o)
+    out = attend(q, keys, values, rows.mask(cache), w.geometry.head_dim**-0.5, w.sink)
+    return ranks.sum(linear(out, w.o))
 
 
-def mlp(w: Mlp | Moe, x: torch.Tensor) -> torch.Tensor:
+def mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The dense or the routed MLP of a layer, [T, H] -> [T, H]."""
-    return moe_mlp(w, x) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down)
+    ranks.record(x)
+    return ranks.sum(moe_mlp(w, x, ranks) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down))
+
+
+def embed(target: Target, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows [T, H] of the embedding. Each token is in the share of one rank, which adds its row to zeros."""
+    ranks = target.ranks
+    if ranks.size == 1:
+        return target.embed[tokens]
+    place = tokens - ranks.rank * len(target.embed)
+    mine = (place >= 0) & (place < len(target.embed))
+    return ranks.sum(target.embed[place.where(mine, 0)].masked_fill(~mine[:, None], 0))
 
 
 def target_forward(
@@ -213,16 +229,18 @@ def target_forward(
     padded = max(count, min_rows)
     if padded > count:
         tokens = torch.cat((tokens, tokens[-1:].expand(padded - count)))
-    x = target.embed[tokens]
+    ranks = target.ranks
+    x = embed(target, tokens)
     rows = Rows(start, padded, x, tree, count)
     tapped = {}
     for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
-        x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows)
-        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps))
+        x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows, ranks)
+        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps), ranks)
         if i in taps:
             tapped[i] = x[:count]
     x = rms_norm(x[logits_from:], target.norm, target.eps)
-    logits = linear(x, target.head)[: count - logits_from].float()
+    ranks.record(x)
+    logits = ranks.gather(linear(x, target.head))[: count - logits_from].float()
     return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
 
 
@@ -231,7 +249,7 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
 
     Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
     """
-    context = rms_norm(linear(taps, drafter.fc), drafter.hidden_norm, drafter.eps)
+    context = rms_norm(drafter.ranks.gather(linear(taps, drafter.fc)), drafter.hidden_norm, drafter.eps)
     rows = Rows(start, len(taps), taps)
     for layer, cache in zip(drafter.layers, caches, strict=True):
         _, k, v = project(layer.attention, context, rows, queries=False)
@@ -274,7 +292,8 @@ def draft_forward(
     query counts from itself) and itself. Its own keys live in the scratch slots of the caches, for this call.
     """
     block = caches[0].scratch
-    x = torch.cat((target.embed[anchor], drafter.mask_embedding.expand(block - 1, -1)))
+    ranks = drafter.ranks
+    x = torch.cat((embed(target, anchor), drafter.mask_embedding.expand(block - 1, -1)))
     rows = Rows(start, block, x)
     mask = visible(rows.positions, caches[0].positions(start), caches[0].window, end=start)
     own = torch.zeros(block, block, device=x.device)
@@ -282,21 +301,26 @@ def draft_forward(
         own = own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu_(1), float("-inf"))
     mask = torch.cat((own, mask), dim=-1)
     for layer, cache in zip(drafter.layers, caches, strict=True):
-        attend_block = partial(draft_attention, layer, cache, rows=rows, mask=mask)
+        attend_block = partial(draft_attention, layer, cache, rows=rows, mask=mask, ranks=ranks)
         x = x + convolved(layer.attention_conv, rms_norm(x, layer.input_norm, layer.eps), attend_block)
-        x = x + convolved(layer.mlp_conv, rms_norm(x, layer.post_norm, layer.eps), partial(mlp, layer.mlp))
+        mlp_block = partial(mlp, layer.mlp, ranks=ranks)
+        x = x + convolved(layer.mlp_conv, rms_norm(x, layer.post_norm, layer.eps), mlp_block)
     hidden = rms_norm(x, drafter.norm, drafter.eps)
-    logits = linear(hidden, target.head)[1:].float()
+    ranks.record(hidden)
+    logits = ranks.gather(linear(hidden, target.head))[1:].float()
     return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
 
 
-def draft_attention(layer: Layer, cache: RingCache, x: torch.Tensor, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
+def draft_attention(
+    layer: Layer, cache: RingCache, x: torch.Tensor, rows: Rows, mask: torch.Tensor, ranks: Ranks
+) -> torch.Tensor:
     """Attention of a drafter's block over [its own keys | the context ring], mask [B, B + S]."""
     w, used = layer.attention, mask.shape[1]
+    ranks.record(x)
     q, k, v = project(w, x, rows)
     cache.k[:, : cache.scratch], cache.v[:, : cache.scratch] = k.transpose(0, 1), v.transpose(0, 1)
     out = attend(q, cache.k[:, :used], cache.v[:, :used], mask, w.geometry.head_dim**-0.5, w.sink)
-    return linear(out, w.o)
+    return ranks.sum(linear(out, w.o))
 
 
 def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:

@@ -147,3 +147,18 @@ def release(tmp_path, tiny_config, tiny_model) -> Path:
 def release_of_bf16_spine(tmp_path, tiny_config, tiny_model) -> Path:
     round_to_bf16(tiny_model)
     return release_folder(tmp_path / "bf16-spine", tiny_config, tiny_model, spine="bf16")
+
+
+@pytest.fixture
+def with_tokenizer(release, reference):
+    """The release and its reference, both with a byte tokenizer of 261 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
+    for folder in (release, reference):
+        tokenizer.save_pretrained(folder)
+    return release, reference

@@ -129,21 +129,6 @@ def test_the_bundled_prompts():
 # --- the commands, on a tiny release with a tokenizer -----------------------------------------------------------------
 
 
-@pytest.fixture
-def with_tokenizer(release, reference):
-    """The release and its reference, both with a byte tokenizer of 261 ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
-    for folder in (release, reference):
-        tokenizer.save_pretrained(folder)
-    return release, reference
-
-
 def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 

@@ -1,0 +1,203 @@
+"""What one rank reads of a checkpoint: its share of every weight, dequantised exactly, and no other bytes.
+
+Attention is shared by heads; where there are fewer key-value heads than ranks, several ranks hold the same one. Every
+expert is striped over all ranks along its intermediate size, so that all ranks do the same work whatever the routing.
+Embedding and head are shared by vocabulary. Norms and routers are small and whole on every rank.
+
+A share of a quantised weight is a rectangle of its stored codes and of the scales over it, so no value is quantised
+again, wherever a rank's border falls: MXFP4 stripes begin on whole blocks, FP8 scales are looked up row by row.
+Stored tensors are views of mapped files: what is not in the share is never touched. Columns are an exception in part,
+because the disk delivers pages; on one host, the page cache reads each page once for all ranks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from mimo_kernels import fp8, mxfp4
+from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
+from mimo_qat.checkpoint.reader import Checkpoint, e8m0_bytes
+from mimo_runtime.parallel import Ranks
+
+
+def check_shares(what: str, layers: Iterable[LayerGeometry], sizes: Mapping[str, tuple[int, int]], ranks: int) -> None:
+    """ValueError unless so many ranks can share these heads and `sizes`, {name: (size, unit that stays whole)}."""
+    layers = list(layers)
+
+    def fault(n: int) -> str | None:
+        for g in layers:
+            if g.heads % n:
+                return f"{g.heads} query heads do not divide by {n}"
+            if g.kv_heads % n and n % g.kv_heads:
+                return f"{g.kv_heads} key-value heads and {n} ranks: neither divides the other"
+        for name, (size, unit) in sizes.items():
+            if size % (n * unit):
+                return f"{name} {size} is not a multiple of {n} ranks" + f" times {unit}" * (unit > 1)
+        return None
+
+    found = fault(ranks)
+    if found:
+        fit = ", ".join(str(n) for n in range(1, 2 * ranks) if fault(n) is None)
+        raise ValueError(
+            f"{ranks} ranks cannot share {what}: {found}; start as many processes as one of {fit or 'none'}"
+        )
+
+
+def check_target(g: Geometry, ranks: int) -> None:
+    """ValueError, with the numbers that work, where so many ranks cannot share a target."""
+    sizes = {"vocab_size": (g.vocab_size, 1)}
+    if any(not layer.moe for layer in g.layers):
+        sizes["intermediate_size"] = g.intermediate_size, 1
+    if any(layer.moe for layer in g.layers):
+        sizes["moe_intermediate_size"] = g.moe_intermediate_size, mxfp4.BLOCK
+    check_shares("this model", g.layers, sizes, ranks)
+
+
+def part(size: int, index: int, of: int) -> range:
+    """Part `index` of `of` equal parts of range(size)."""
+    assert size % of == 0
+    return range(index * size // of, (index + 1) * size // of)
+
+
+def query_heads(g: LayerGeometry, ranks: Ranks) -> range:
+    """The query heads of a rank."""
+    return part(g.heads, ranks.rank, ranks.size)
+
+
+def kv_heads(g: LayerGeometry, ranks: Ranks) -> range:
+    """The key-value heads that a rank's query heads read."""
+    of = min(g.kv_heads, ranks.size)
+    return part(g.kv_heads, ranks.rank * of // ranks.size, of)
+
+
+def local(g: LayerGeometry, ranks: Ranks) -> LayerGeometry:
+    """The geometry of a rank's share of a layer."""
+    return replace(g, heads=len(query_heads(g, ranks)), kv_heads=len(kv_heads(g, ranks)))
+
+
+def head_rows(heads: range, size: int) -> range:
+    """The rows of `heads` in a matrix of heads of `size` rows."""
+    return range(heads.start * size, heads.stop * size)
+
+
+def fused_rows(g: Geometry, layer: int, ranks: Ranks) -> Iterator[range]:
+    """Where a rank's rows [Q | K | V], heads ascending, lie in a fused projection of chunks [Q_c | K_c | V_c]."""
+    shape, rows = g.layers[layer], g.qkv_rows(layer)
+    heads = query_heads(shape, ranks), kv_heads(shape, ranks), kv_heads(shape, ranks)
+    for i, size in enumerate((shape.head_dim, shape.head_dim, shape.v_head_dim)):
+        wanted, first = head_rows(heads[i], size), sum(rows[:i])
+        for chunk in range(wanted.start // rows[i], (wanted.stop - 1) // rows[i] + 1):
+            begin, end = (min(max(x - chunk * rows[i], 0), rows[i]) for x in (wanted.start, wanted.stop))
+            yield range(chunk * sum(rows) + first + begin, chunk * sum(rows) + first + end)
+
+
+class Shards:
+    """The share of `ranks.rank` in a target checkpoint; `boxes` keeps what was read, {name: [(rows, columns)]}."""
+
+    def __init__(self, checkpoint: Checkpoint, ranks: Ranks):
+        self.checkpoint, self.ranks = checkpoint, ranks
+        self.boxes: dict[str, list[tuple[range, range]]] = {}
+
+    def _raw(self, name: str, rows: range, columns: range) -> torch.Tensor:
+        stored = self.checkpoint.raw(name)
+        self.boxes.setdefault(name, []).append((rows, columns))
+        return stored[rows.start : rows.stop, columns.start : columns.stop]
+
+    def whole(self, base: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that every rank holds."""
+        names = [base + end for end in ("", ".weight", ".weight_packed", ".weight_scale", ".weight_scale_inv")]
+        for name in (n for n in names if n in self.checkpoint):
+            shape = self.checkpoint.spec(name).shape
+            self.boxes.setdefault(name, []).append((range(shape[0]), range(shape[1] if len(shape) > 1 else 1)))
+        return self.checkpoint.weight(base, dtype)
+
+    def rows(self, base: str, dtype: torch.dtype) -> torch.Tensor:
+        """A matrix [N, K] -> this rank's rows [N / size, K]."""
+        rows, columns = self._shape(base)
+        return self._box(base, dtype, part(rows, self.ranks.rank, self.ranks.size), range(columns))
+
+    def columns(self, base: str, dtype: torch.dtype) -> torch.Tensor:
+        """A matrix [N, K] -> this rank's columns [N, K / size]."""
+        rows, columns = self._shape(base)
+        return self._box(base, dtype, range(rows), part(columns, self.ranks.rank, self.ranks.size))
+
+    def qkv(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
+        """The projection of this rank's heads, [Q | K | V] rows, whichever layout is stored."""
+        g, prefix = self.checkpoint.geometry, f"model.layers.{layer}.self_attn."
+        columns = range(g.hidden_size)
+        if prefix + "qkv_proj.weight" in self.checkpoint:
+            boxes = [(prefix + "qkv_proj", rows) for rows in fused_rows(g, layer, self.ranks)]
+        else:
+            shape = g.layers[layer]
+            kv = kv_heads(shape, self.ranks)
+            boxes = [
+                (prefix + "q_proj", head_rows(query_heads(shape, self.ranks), shape.head_dim)),
+                (prefix + "k_proj", head_rows(kv, shape.head_dim)),
+                (prefix + "v_proj", head_rows(kv, shape.v_head_dim)),
+            ]
+        return torch.cat([self._box(base, dtype, rows, columns) for base, rows in boxes])
+
+    def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate_up [E, 2I / size, H], gate rows first; down [E, H, I / size]) of one layer's routed experts."""
+        g = self.checkpoint.geometry
+        inner = g.moe_intermediate_size // self.ranks.size
+        gate_up = torch.empty(g.n_routed_experts, 2 * inner, g.hidden_size, dtype=dtype)
+        down = torch.empty(g.n_routed_experts, g.hidden_size, inner, dtype=dtype)
+        for e in range(g.n_routed_experts):
+            prefix = f"model.layers.{layer}.mlp.experts.{e}."
+            gate_up[e, :inner] = self.rows(prefix + "gate_proj", dtype)
+            gate_up[e, inner:] = self.rows(prefix + "up_proj", dtype)
+            down[e] = self.columns(prefix + "down_proj", dtype)
+        return gate_up, down
+
+    def complete(self) -> None:
+        """Proves that every tensor of the model gave this rank its share."""
+        skip = (MTP_PREFIX, *TOWER_PREFIXES)
+        expected = {name for name in self.checkpoint.names if not name.startswith(skip)}
+        assert set(self.boxes) == expected, f"read and stored differ: {sorted(set(self.boxes) ^ expected)[:3]}"
+
+    def _stored(self, base: str) -> str:
+        return next(base + end for end in (".weight", ".weight_packed") if base + end in self.checkpoint)
+
+    def _shape(self, base: str) -> tuple[int, int]:
+        rows, columns = self.checkpoint.spec(self._stored(base)).shape
+        return rows, 2 * columns if base + ".weight_scale" in self.checkpoint else columns
+
+    def _box(self, base: str, dtype: torch.dtype, rows: range, columns: range) -> torch.Tensor:
+        """The values [len(rows), len(columns)] of a part of a matrix, as `Checkpoint.weight` gives the whole."""
+        if (len(rows), len(columns)) == self._shape(base):
+            return self.whole(base, dtype)
+        stored = self._stored(base)
+        if base + ".weight_scale" in self.checkpoint:
+            codes = self._raw(stored, rows, _divided(columns, 2))
+            scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
+            scales = e8m0_bytes(scales, base + ".weight_scale")
+            return mxfp4.decode(codes.contiguous(), scales.contiguous(), dtype, name=base)
+        values = self._raw(stored, rows, columns)
+        if base + ".weight_scale_inv" in self.checkpoint:
+            return self._scaled(base, dtype, values, (rows, columns))
+        if values.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"{stored} is {values.dtype} but has no scale beside it; export the checkpoint again")
+        return values.to(dtype)
+
+    def _scaled(self, base: str, dtype: torch.dtype, codes: torch.Tensor, box: tuple[range, range]) -> torch.Tensor:
+        """FP8 codes of a box times their scales, which the codec gets one row each (`chunk_rows` 1).
+
+        Codes that begin inside a tile get zeros before them, up to the tile's border.
+        """
+        rows, columns = box
+        chunk = self.checkpoint.chunk_rows(base) or self._shape(base)[0]
+        row = torch.arange(rows.start, rows.stop)
+        tile = row // chunk * -(-chunk // fp8.BLOCK) + row % chunk // fp8.BLOCK
+        first, last = int(tile[0]), int(tile[-1])
+        across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
+        scales = self._raw(base + ".weight_scale_inv", range(first, last + 1), across)[tile - first]
+        left = columns.start % fp8.BLOCK
+        padded = torch.nn.functional.pad(codes.view(torch.uint8), (left, 0)).view(torch.float8_e4m3fn)
+        return fp8.dequantize(padded, scales, 1, dtype, name=base)[:, left:]
+
+
+def _divided(columns: range, by: int) -> range:
+    assert columns.start % by == 0 and columns.stop % by == 0
+    return range(columns.start // by, columns.stop // by)
