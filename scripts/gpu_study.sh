@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # scripts/gpu_study.sh WORK [SECONDS]: the runs behind docs/results/qad.md and dflash.md, on this machine's GPUs.
 #
-#   upcycle, pack -> continued training until experts differ (all GPUs) -> QAD and its ablations, ModelOpt
+#   upcycle, pack -> continued training until experts differ -> QAD and its ablations, ModelOpt
 #                 -> the target's own answers (all GPUs) -> drafters, their ablations, peers, releases, benches
 #
-# Two lanes use a GPU each, or take turns on the only one. A step that is done is not done again, and nothing starts that
-# could not run before SECONDS are over, so the script may be called until it prints "all steps are done". Figures are in
-# WORK/*.json after every arm; scripts/qad_report.py and scripts/dflash_report.py turn them into results.
+# Two lanes use a GPU each, or take turns on the only one; what is not timed runs two at a time at the end. A step that is
+# done is not done again, and nothing starts that could not run before SECONDS are over, so the script may be called until
+# it prints "all steps are done". Figures are in WORK/*.json after every arm; scripts/qad_report.py and
+# scripts/dflash_report.py turn them into results.
 # SOURCE (smollm2) is what is upcycled, MODULES (5500) how many Python modules of text are packed, TOKENIZER a folder with
 # the source's tokenizer, so that packing need not wait.
 set -uo pipefail
@@ -20,12 +21,14 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 mkdir -p "$work/done" "$work/logs"
 left() { echo $((deadline - $(date +%s))); }
 
-# step NAME GPU COMMAND...: once, alone on its GPU ("-" for none), within the time that is left; -> WORK/logs/NAME.log.
+# step NAME GPU COMMAND...: once, within the time that is left, alone on its GPU ("0"), beside others that share it ("0s")
+# or on none ("-"); -> WORK/logs/NAME.log.
 step() {
-    local name=$1 gpu=$2 began lock=()
+    local name=$1 gpu=${2%s} began lock=() share=()
+    [ "$gpu" = "$2" ] || share=(-s)
     shift 2
     [ -e "$work/done/$name" ] && return 0
-    [ "$gpu" = - ] || lock=(flock "$work/gpu$gpu.lock" env "CUDA_VISIBLE_DEVICES=$gpu")
+    [ "$gpu" = - ] || lock=(flock ${share[@]+"${share[@]}"} "$work/gpu$gpu.lock" env "CUDA_VISIBLE_DEVICES=$gpu")
     [ "$(left)" -gt 20 ] || { echo "$(date +%T) $name: no time left"; return 1; }
     began=$(date +%s)
     echo "$(date +%T) $name"
@@ -69,33 +72,37 @@ drafter_study() {
 generate() { # generate RANK GPU
     step "answers-$1" $2 env RANK=$1 LOCAL_RANK=0 WORLD_SIZE=2 $python -m mimo_qat generate-data $answers
 }
-release() { # release NAME DRAFTER GPU: the target with a drafter, decoded without, with a chain and with a tree
+release() { # release NAME DRAFTER GPU: the target with a drafter, decoded without, with chains and with trees
     step "release-$1" - $python -m mimo_qat convert --target "$work/target" --drafter "$2" --out "$work/release-$1" \
         --overwrite true &&
-        step "bench-$1" $3 $python -m mimo_runtime bench "$work/release-$1" --limit 8 --max_new_tokens 128 \
-            --tree_budget 32 --cuda_graphs true --max_len 512 --output "$work/bench-$1.json"
+        step "bench-$1" $3 $python -m mimo_runtime bench "$work/release-$1" --prompts "$work/code.jsonl" --limit 12 \
+            --max_new_tokens 192 --tree_budget 32 --cuda_graphs true --max_len 512 --output "$work/bench-$1.json"
+}
+code_prompts() { # questions for code that no drafter was trained on -> WORK/code.jsonl
+    step code-prompts - $python - "$work" <<'PYTHON'
+import pathlib, sys
+from mimo_qat.data import read_rows, write_rows
+work = pathlib.Path(sys.argv[1])
+rows = [r for path in sorted(work.glob("answers/held_out-*.jsonl")) for r in read_rows(str(path))]
+write_rows(work / "code.jsonl", [r for r in rows if "messages" in r and r["domain"] == "code" and r["temperature"] == 0])
+PYTHON
 }
 
 lane_a() { # GPU
     step upcycle - $python -m mimo_qat upcycle --source "${SOURCE:-smollm2}" --experts 8 --output_dir "$work/moe"
     await pack || return
-    if [ "$gpus" -ge 2 ]; then
-        step teacher - env CUDA_VISIBLE_DEVICES=0,1 $python -m accelerate.commands.launch --config_file \
-            recipes/accelerate/ddp.yaml -m mimo_qat.qat.train $diversify --per_device_train_batch_size 16 \
-            --output_dir "$work/teacher"
-    else
-        step teacher $1 $python -m mimo_qat qat $diversify --output_dir "$work/teacher"
-    fi || return
-    qad_study qad-main $1 --arms '^(qad short|ce short)$' --times
+    step teacher $1 $python -m mimo_qat qat $diversify --output_dir "$work/teacher" || return
     qad_study qad-long $1 --arms '^qad long$' || return
     ln -sfn "$(cd "$work/qad-long/qad-long" && pwd)" "$work/target" && touch "$work/done/target"
     generate 0 $1
     await answers-0 answers-1 || return
+    code_prompts
     drafter_study drafter-plain $1 --arms '^plain b8'
-    drafter_study drafter-short-b8 $1 --arms '^short b8'
     release plain "$work/drafter-plain/plain-b8/dflash" $1 &&
         step parity $1 $python scripts/draft_parity.py "$work/release-plain" --prompts 4
-    qad_study qad-seeds $1 --arms 'seed'
+    qad_study qad-seeds ${1}s --arms 'seed' &
+    drafter_study drafter-short-b8 ${1}s --arms '^short b8'
+    wait
 }
 lane_b() { # GPU
     [ -n "${TOKENIZER:-}" ] || await upcycle || return
@@ -103,25 +110,27 @@ lane_b() { # GPU
         --dataset_name site-packages --limit "${MODULES:-5500}" --max_length 1024 --held_out 0.04 \
         --output "$work/packed.safetensors"
     await teacher || return
+    qad_study qad-main $1 --arms '^(qad short|ce short)$' --times
     step modelopt $1 $python scripts/compare_modelopt.py --model "$work/teacher" --data "$work/packed.safetensors" \
         --out "$work/modelopt.json" --steps 12 --batch 16 --learning_rate 1e-4
-    qad_study qad-ablations $1 --arms "$ablations" --until "$work/done/target"
     await target || return
     generate 1 $1
     await answers-0 answers-1 || return
     drafter_study drafter-best $1 --arms '^best b16'
     step peers $1 $python scripts/compare_drafters.py --model "$work/target" --data "$work/packed.safetensors" \
-        --out "$work/drafters.json" --steps 12 --warm_up 4 --compile
-    drafter_study drafter-short-b16 $1 --arms '^short b16'
+        --out "$work/drafters.json" --block_sizes 16 --arms ours_adamw specforge speculators \
+        --steps 12 --warm_up 4 --compile
     release best "$work/drafter-best/best-b16/dflash" $1
-    qad_study qad-ablations $1 --arms "$ablations"
+    qad_study qad-ablations ${1}s --arms "$ablations" &
+    drafter_study drafter-short-b16 ${1}s --arms '^short b16'
+    wait
 }
 
 lane_a 0 &
 lane_b $((gpus > 1)) &
 wait
-all="upcycle pack teacher qad-main qad-long modelopt qad-ablations answers-0 answers-1 drafter-plain drafter-best peers
-    drafter-short-b8 drafter-short-b16 release-plain bench-plain parity release-best bench-best qad-seeds"
+all="upcycle pack teacher qad-main qad-long modelopt qad-ablations answers-0 answers-1 code-prompts drafter-plain
+    drafter-best peers drafter-short-b8 drafter-short-b16 release-plain bench-plain parity release-best bench-best qad-seeds"
 missing=$(for name in $all; do [ -e "$work/done/$name" ] || echo -n " $name"; done)
 for name in $all; do [ -e "$work/done/$name" ] && echo "$name: $(cat "$work/done/$name")"; done
 [ -z "$missing" ] && echo "all steps are done" || { echo "not done:$missing"; exit 1; }
