@@ -8,17 +8,23 @@ import math
 from typing import Any
 
 from mimo_qat.checkpoint.geometry import DraftGeometry, Geometry
-from mimo_qat.checkpoint.layout import MX_BLOCK, default_drafter_config, drafter_tensors, target_tensors
+from mimo_qat.checkpoint.layout import MX_BLOCK, Experts, Spine, default_drafter_config, drafter_tensors, target_tensors
 
 _REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "e_score_correction_bias", "sink_bias")
 
 
-def runtime_bytes(config: dict[str, Any], tp: int, contexts: list[int], prefill_chunk: int) -> dict[str, Any]:
+def runtime_bytes(
+    config: dict[str, Any],
+    tp: int,
+    contexts: list[int],
+    prefill_chunk: int,
+    experts: Experts = "mxfp4",
+    spine: Spine = "fp8",
+) -> dict[str, Any]:
     """{"experts", "spine", "drafter", "workspace", "kv": {context: bytes}, "read_per_token"}, each for one rank.
 
-    KV is BF16 and one sequence; a sliding-window layer keeps window + block rows. The workspace is that of a prefill
-    chunk (residual stream in float32 twice, k rows of expert input and gate_up) and of the logits of one block.
-    ValueError where the geometry does not divide by `tp`.
+    `experts` and `spine` say how the rank keeps its weights in memory. KV is BF16 and one sequence; a sliding-window
+    layer keeps window + block rows. ValueError where the geometry does not divide by `tp`.
     """
     g = Geometry.from_config(config)
     draft = default_drafter_config(config)
@@ -30,31 +36,36 @@ def runtime_bytes(config: dict[str, Any], tp: int, contexts: list[int], prefill_
         raise ValueError(
             f"moe_intermediate_size {g.moe_intermediate_size} does not divide into {tp} parts of whole MXFP4 blocks"
         )
-    experts = spine = 0
-    for name, spec in target_tensors(config, mtp_layers=0).items():
+    routed = rest = 0
+    for name, spec in target_tensors(config, experts=experts, spine=spine, mtp_layers=0).items():
         if ".mlp.experts." in name:
-            experts += math.ceil(spec.nbytes / tp)
+            routed += math.ceil(spec.nbytes / tp)
         elif name.endswith(_REPLICATED):
-            spine += spec.nbytes
+            rest += spec.nbytes
         else:
-            spine += math.ceil(spec.nbytes * _share(name, g, tp))
+            rest += math.ceil(spec.nbytes * _share(name, g, tp))
     drafter = sum(
         spec.nbytes if len(spec.shape) < 2 or "norm" in name else math.ceil(spec.nbytes / min(tp, d.heads))
         for name, spec in drafter_tensors(draft).items()
     )
-    k, inner = g.num_experts_per_tok, g.moe_intermediate_size
-    workspace = prefill_chunk * (8 * g.hidden_size + k * (2 * g.hidden_size + 6 * inner // tp))
-    workspace += 4 * d.block_size * g.vocab_size
     embedding = math.ceil(2 * g.vocab_size * g.hidden_size / tp)
     return {
-        "experts": experts,
-        "spine": spine,
+        "experts": routed,
+        "spine": rest,
         "drafter": drafter,
-        "workspace": workspace,
+        "workspace": workspace_bytes(g, d, tp, prefill_chunk),
         "kv": {str(n): _kv_bytes(g, d, tp, n) for n in contexts},
         # One token alone reads its k experts, the spine without the embedding, and nothing of the drafter.
-        "read_per_token": spine - embedding + experts * k // g.n_routed_experts,
+        "read_per_token": rest - embedding + routed * g.num_experts_per_tok // g.n_routed_experts,
     }
+
+
+def workspace_bytes(g: Geometry, d: DraftGeometry, tp: int, prefill_chunk: int) -> int:
+    """Bytes for a prefill chunk (residual stream in float32 twice, k rows of expert input and gate_up) and for the
+    logits of one block: an estimate."""
+    k, inner = g.num_experts_per_tok, g.moe_intermediate_size
+    rows = prefill_chunk * (8 * g.hidden_size + k * (2 * g.hidden_size + 6 * inner // tp))
+    return rows + 4 * d.block_size * g.vocab_size
 
 
 def _share(name: str, g: Geometry, tp: int) -> float:

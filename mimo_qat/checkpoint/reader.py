@@ -56,6 +56,8 @@ class Checkpoint(TensorFolder):
     Headers and index are read and checked at construction, weights when they are asked for.
     """
 
+    device: str | torch.device = "cpu"  # where stored tensors are
+
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         self.config: Config = read_json(self.folder / "config.json")
@@ -84,6 +86,10 @@ class Checkpoint(TensorFolder):
                     f"the first {found[0]}; run `mimo-qat check {self.folder}` for all of them"
                 )
         return expected
+
+    def box(self, name: str, rows: range, columns: range) -> torch.Tensor:
+        """A rectangle of a stored matrix, as `raw` gives the whole."""
+        return self.raw(name)[rows.start : rows.stop, columns.start : columns.stop]
 
     def weight(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The dequantised tensor `name`, with or without its `.weight` suffix, as `dtype`.

@@ -2,10 +2,11 @@
 
 Decoding speed of one sequence with and without the drafter, on the same prompts in turn, and what the drafter's
 acceptance is made of; with `--tree_budget N` also with trees of N drafts. The acceptance length counts the model's own
-token after the drafts, so it lies in [1, block];
-it is printed beside what would make it look good for free: an n-gram copier on the same text, and how repetitive the
-text is. Rounds that a stop token or the budget cut short are left out. The last line is one JSON document, which
-`--output` keeps in a file; its "records" are the figures for model cards and docs/results/.
+token after the drafts, so it lies in [1, block]; it is printed beside what would make it look good for free: an n-gram
+copier on the same text, and how repetitive the text is. Rounds that a stop token or the budget cut short are left out.
+What a round's time and bytes are made of comes beside its roofline, and as a chart with `--plot`. `--synthetic flash`
+measures a published geometry without its weights. The last line is one JSON document, which `--output` keeps in a file;
+its "records" are the figures for model cards and docs/results/.
 """
 
 import random
@@ -20,12 +21,15 @@ from typing import Any
 import torch
 
 from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
+from mimo_runtime.breakdown import broken_down, plot_breakdown, print_breakdown
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.engine import Engine, Generation
-from mimo_runtime.load import Moe, Target
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
+from mimo_runtime.synthetic import SyntheticEngine, described, dry_run, model_config, random_prompts
 
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}  # logit gap that rounding can turn; 0.25 is two bfloat16 steps at 16..32
+
+SYNTHETIC_PROMPTS = 3
 
 
 def acceptance(accepted: Sequence[Sequence[int]], block: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -81,17 +85,6 @@ def distinct(tokens: Sequence[int], n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def bytes_per_token(target: Target) -> int:
-    """Weight bytes that one token of plain decoding has to read (the embedding is one row); of several ranks, those
-    of this one."""
-    total = target.head.nbytes
-    for layer in target.layers:
-        share = layer.mlp.top_k / len(layer.mlp.down) if isinstance(layer.mlp, Moe) else 1
-        shared, routed = layer.weights()[:2], layer.weights()[2:]
-        total += sum(w.nbytes for w in shared) + int(share * sum(w.nbytes for w in routed))
-    return total
-
-
 def read_bandwidth(device: torch.device) -> float:
     """Measured GB/s of summing a large tensor: the roofline of batch-1 decoding."""
     big = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26), device=device)
@@ -121,6 +114,7 @@ def _summary(runs: list[dict[str, Any]], block: int) -> dict[str, Any]:
         "tokens": sum(len(g.tokens) for g in plain),
         "plain_tokens_per_second": _speed(plain),
         "plain_step_ms": _step(plain),
+        "prefill_tokens_per_second": sum(len(r["ids"]) for r in runs) / sum(g.prefill_seconds for g in plain),
         "distinct_3": sum(distinct(g.tokens) for g in plain) / len(plain),
         "lookup_length": acceptance([lookup_rounds(r["ids"], r["plain"].tokens, block) for r in runs], block)["length"],
     }
@@ -152,24 +146,53 @@ def _step(generations: list[Generation]) -> float | None:
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
+def forced_lengths(wish: int | float | list[int] | None) -> int | list[int] | None:
+    """What `generate` takes: a fraction becomes a cycle of 100 rounds of its two neighbours, evenly mixed."""
+    if not isinstance(wish, float):
+        return wish
+    hundredths = round(100 * wish)
+    return [(hundredths * (i + 1) + 50) // 100 - (hundredths * i + 50) // 100 for i in range(100)]
+
+
+def ways(engine: Engine, cfg: BenchConfig) -> dict[str, dict[str, Any]]:
+    """The ways to decode that are compared, as arguments of `generate`: plainly, with chains, with trees."""
+    out: dict[str, dict[str, Any]] = {"plain": {"speculate": False}}
+    forced = forced_lengths(cfg.forced_acceptance)
+    if engine.drafter is not None or forced is not None:
+        out["drafted"] = {"tree": False, "forced_acceptance": forced}
+    if cfg.tree_budget:
+        out["tree"] = {"tree": True, "forced_acceptance": forced}
+    return out
+
+
 def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchConfig) -> list[dict[str, Any]]:
     """Runs every prompt plainly, with chains and with trees, in turn, so that a slow minute of the machine hits all."""
-    ways = {"drafted": False} if engine.drafter is not None or cfg.forced_acceptance is not None else {}
-    ways |= {"tree": True} if cfg.tree_budget else {}
+    how = ways(engine, cfg)
     # A warm-up of each way, not counted: the first round loads kernels, or captures the graph of its way alone.
-    engine.generate(prompts[0][1], _short(cfg), speculate=False)
-    for tree in ways.values():
-        engine.generate(prompts[0][1], _short(cfg), tree=tree, forced_acceptance=cfg.forced_acceptance)
+    for way in how.values():
+        engine.generate(prompts[0][1], _short(cfg), **way)
     runs = []
     for i, (prompt, ids) in enumerate(prompts):
-        run: dict[str, Any] = {"domain": prompt.domain, "ids": ids, "plain": engine.generate(ids, cfg, speculate=False)}
-        for way, tree in ways.items():
-            run[way] = engine.generate(ids, cfg, tree=tree, forced_acceptance=cfg.forced_acceptance)
-        run["equality"] = [compare(engine, ids, run["plain"].tokens, run[way].tokens) for way in ways]
+        run: dict[str, Any] = {"domain": prompt.domain, "ids": ids}
+        run |= {name: engine.generate(ids, cfg, **way) for name, way in how.items()}
+        drafted = [run[name] for name in how if name != "plain"]
+        run["equality"] = [compare(engine, ids, run["plain"].tokens, out.tokens) for out in drafted]
         runs.append(run)
         if sys.stderr.isatty():
             print(f"\rprompt {i + 1}/{len(prompts)}", end="\n" * (i + 1 == len(prompts)), file=sys.stderr, flush=True)
     return runs
+
+
+def _breakdown(engine: Engine, runs: list[dict[str, Any]], cfg: BenchConfig, gb_per_s: float) -> dict[str, Any]:
+    """Of each way, on the prompt with the most rounds; {} where no prompt has a round."""
+    run = max(runs, key=lambda r: len(r["plain"].tokens))
+    if len(run["plain"].tokens) == 1:
+        print("no prompt had a round after its first token, so there is no breakdown; raise max_new_tokens")
+        return {}
+    return {
+        name: broken_down(engine, run["ids"], cfg, [r[name] for r in runs], gb_per_s, **way)
+        for name, way in ways(engine, cfg).items()
+    }
 
 
 def _short(cfg: BenchConfig) -> BenchConfig:
@@ -203,11 +226,36 @@ def _print_table(rows: dict[str, dict[str, Any]]) -> None:
         print("hit when reached    " + " ".join("    -" if h is None else f"{h:5.3f}" for h in a["hit_rate"]))
 
 
+def _opened(cfg: BenchConfig) -> tuple[Engine, list[tuple[Prompt, list[int]]]]:
+    """The engine and its prompts, of a folder or of a geometry alone."""
+    if cfg.synthetic is None:
+        assert cfg.folder is not None
+        tokenizer = load_tokenizer(cfg.folder)
+        prompts = [(p, encode(tokenizer, p.text, cfg.chat)) for p in load_prompts(cfg.prompts, cfg.limit)]
+        return Engine(cfg.folder, cfg), prompts
+    engine = SyntheticEngine(model_config(cfg.synthetic, cfg.layers), cfg, uniform_routing=cfg.uniform_routing)
+    vocab_size = engine.target.geometry.vocab_size
+    ids = random_prompts(vocab_size, cfg.prompt_tokens, cfg.limit or SYNTHETIC_PROMPTS, cfg.seed)
+    return engine, [(Prompt("", "random"), prompt) for prompt in ids]
+
+
+def _print_labels(engine: Engine, cfg: BenchConfig) -> None:
+    """What a reader must not overlook: the figures below are not of a trained model, or not of its drafter."""
+    if cfg.synthetic is not None:
+        routing = "uniform routing" if cfg.uniform_routing else "a random router"
+        drafter = f"a drafter on {len(engine.drafter.taps)} taps" if engine.drafter else "no drafter"
+        print(f"SYNTHETIC {described(cfg, cfg.synthetic)}; random weights, {routing}, {drafter}")
+    if cfg.forced_acceptance is not None:
+        print(
+            f"FORCED acceptance of {cfg.forced_acceptance} drafts: they are the model's own tokens, not the drafter's"
+        )
+
+
 def main(cfg: BenchConfig) -> dict[str, Any]:
     """Measures decoding speed with and without the drafter, and how much of its drafts is accepted."""
-    tokenizer = load_tokenizer(cfg.folder)
-    prompts = [(p, encode(tokenizer, p.text, cfg.chat)) for p in load_prompts(cfg.prompts, cfg.limit)]
-    engine = Engine(cfg.folder, cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
+    engine, prompts = _opened(cfg)
     runs = measure(engine, prompts, cfg)
     by_domain = defaultdict(list)
     for run in runs:
@@ -215,18 +263,15 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     rows = {"all": _summary(runs, engine.block)}
     if len(by_domain) > 1:
         rows |= {name: _summary(members, engine.block) for name, members in by_domain.items()}
-    if cfg.forced_acceptance is not None:
-        print(f"FORCED acceptance {cfg.forced_acceptance}: the drafts are the model's own tokens, not the drafter's")
+    _print_labels(engine, cfg)
     _print_table(rows)
-    bandwidth, need = read_bandwidth(engine.device), bytes_per_token(engine.target)
+    print(f"prefill {rows['all']['prefill_tokens_per_second']:,.0f} tokens/s")
+    bandwidth = read_bandwidth(engine.device)
+    breakdown = _breakdown(engine, runs, cfg, bandwidth)
+    print_breakdown(breakdown, engine.ranks.size)
+    need = breakdown["plain"]["bytes_per_round"] if breakdown else 0
     used = need * rows["all"]["plain_tokens_per_second"] / 1e9
-    steps = f"median step {rows['all']['plain_step_ms'] or 0:.1f} ms"
-    if "step_ms" in rows["all"]:
-        steps += f", with drafts {rows['all']['step_ms'] or 0:.1f} ms"
-    print(steps)
-    each = f" on each of {engine.ranks.size} ranks" if engine.ranks.size > 1 else ""
-    print(f"plain decoding reads {need / 1e6:.0f} MB a token{each}: {used:.1f} GB/s of {bandwidth:.1f} measured "
-          f"({used / bandwidth:.0%} of the roofline)")  # fmt: skip
+    print(f"plain decoding reads {used:,.1f} GB/s of {bandwidth:,.1f} measured")
     equal = [e for r in runs for e in r["equality"]]
     different = [e for e in equal if not e["identical"]]
     if equal:
@@ -241,13 +286,23 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "identical": not different if equal else None,
         "divergences": different,
         "forced_acceptance": cfg.forced_acceptance,
+        "synthetic": None if cfg.synthetic is None else described(cfg, cfg.synthetic),
         "roofline": {"bytes_per_token": need, "gb_per_s": used, "measured_gb_per_s": bandwidth},
+        "breakdown": breakdown,
         "conditions": made,
         "records": _records(rows["all"], made),
     }
-    if cfg.output and engine.ranks.rank == 0:
-        write_json(cfg.output, document)
+    if engine.ranks.rank == 0:
+        if cfg.plot and breakdown:
+            plot_breakdown(breakdown, _title(cfg), cfg.plot)
+        if cfg.output:
+            write_json(cfg.output, document)
     return document
+
+
+def _title(cfg: BenchConfig) -> str:
+    title = str(cfg.folder) if cfg.synthetic is None else f"synthetic {described(cfg, cfg.synthetic)}"
+    return title + f", FORCED acceptance {cfg.forced_acceptance}" * (cfg.forced_acceptance is not None)
 
 
 def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
@@ -255,6 +310,8 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     settings = made["settings"]
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
     kept += ["tree_budget", "tree_adaptive", "cuda_graphs"]
+    if settings["synthetic"] is not None:
+        kept += ["synthetic", "layers", "uniform_routing", "prompt_tokens"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
     where |= {
         "block": made["block"],
@@ -266,6 +323,7 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     figures = {
         "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
         "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
+        "prefill_tokens_per_s": (row["prefill_tokens_per_second"], "tokens/s"),
         "acceptance_length": (row.get("acceptance", {}).get("length"), "tokens/verify"),
         "tree_tokens_per_s": (row.get("tree", {}).get("tokens_per_second"), "tokens/s"),
         "tree_acceptance_length": (row.get("tree", {}).get("acceptance", {}).get("length"), "tokens/verify"),
@@ -288,5 +346,5 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "ranks": engine.ranks.size,
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
-        "settings": {k: v for k, v in settings.items() if k != "output"} | {"device": str(engine.device)},
+        "settings": {k: v for k, v in settings.items() if k not in ("output", "plot")} | {"device": str(engine.device)},
     }

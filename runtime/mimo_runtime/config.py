@@ -79,21 +79,47 @@ class GenerateConfig(EngineConfig, SamplingConfig):
 class BenchConfig(EngineConfig, SamplingConfig):
     """Decoding speed with and without the drafter, and how much of its drafts is accepted."""
 
-    folder: str
+    folder: str | None = None
     """release or BF16 folder, with its tokenizer"""
+    synthetic: str | None = None
+    """instead of a folder: random weights of the geometry flash, pro or FILE/config.json, made on the device"""
+    layers: int | None = None
+    """keep only the first so many layers of a synthetic model: a slice, whose speed is not the model's"""
+    uniform_routing: bool = False
+    """synthetic: every token's experts are drawn uniformly, instead of by a random router, which draws alike"""
+    prompt_tokens: int = 256
+    """synthetic: random token ids in each prompt"""
+    dry_run: bool = False
+    """print what each of `ranks` ranks would hold in memory, and allocate nothing"""
+    ranks: int = 1
+    """ranks of a dry run; a run has as many as processes were started"""
     prompts: str | None = None
     """.jsonl file of {"prompt": ..., "domain": ...}; the 24 bundled prompts without it"""
     limit: int | None = None
-    """use only this many prompts, evenly over the file"""
+    """use only this many prompts, evenly over the file; of a synthetic model 3 without it"""
     max_new_tokens: int = 128
     """tokens to generate for each prompt"""
-    forced_acceptance: int | list[int] | None = None
+    forced_acceptance: int | float | list[int] | None = None
     """not a measurement of the drafter: accept exactly this many of the model's own tokens in every round (a list is
-    cycled through), to see what such an acceptance would give"""
+    cycled through, 5.3 is so many on average: length 6.3), to see what such an acceptance would give"""
     output: str | None = None
     """JSON file that gets the document too; `mimo-qat push --results` and docs/results/ take its records"""
+    plot: str | None = None
+    """image file that gets a bar chart of what a round's time is made of"""
     chat: bool = True
     """put each prompt into the tokenizer's chat template, if there is one"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.folder is None) == (self.synthetic is None):
+            raise ValueError("give either a folder or --synthetic flash, pro or a config.json")
+        if self.synthetic is None and (self.layers is not None or self.uniform_routing):
+            raise ValueError(
+                "layers and uniform_routing are for --synthetic models; leave them out of a real one's run"
+            )
+        for name in ("prompt_tokens", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
 
 
 @dataclass(kw_only=True)

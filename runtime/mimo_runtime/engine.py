@@ -20,7 +20,7 @@ from mimo_qat.models.draft_tree import Tree, best_prefix, chain_tree, greedy_cha
 from mimo_runtime.cache import Position
 from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
-from mimo_runtime.load import Drafter, LoadConfig, Moe, load_drafter, load_target, tokenizer_size
+from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_drafter, load_target, tokenizer_size
 from mimo_runtime.model import (
     at_once,
     draft_context,
@@ -76,12 +76,9 @@ class Engine:
         self.ranks = connect(device, cfg.rank_timeout, cfg.check_ranks)
         load = LoadConfig(device, DTYPES[cfg.dtype], rtn, self.ranks)
         self.folder, self.cfg = folder, cfg
-        self.target = load_target(folder, load)
+        self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device
-        self.drafter = None
-        where = folder / "dflash" if cfg.drafter == "auto" else cfg.drafter and Path(cfg.drafter)
-        if where and (where.exists() or cfg.drafter != "auto"):
-            self.drafter = load_drafter(where, self.target, load, tokenizer_size(folder))
+        self.lap: Callable[[str], None] = lambda phase: None  # called at the end of each phase of a round
         self.block = self.drafter.block if self.drafter else BLOCK
         # One row is computed as a block of equal rows: the same bytes, the same time, and the bits of verification, so
         # that the drafter changes no token by a rounding (measured: all bits equal on an H200 and on a CPU with AMX).
@@ -96,6 +93,13 @@ class Engine:
         if cfg.cuda_graphs:
             self._check_graphs(max(self.block, cfg.tree_budget + 1))
         self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
+
+    def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
+        target = load_target(self.folder, load)
+        where = self.folder / "dflash" if self.cfg.drafter == "auto" else self.cfg.drafter and Path(self.cfg.drafter)
+        if where and (where.exists() or self.cfg.drafter != "auto"):
+            return target, load_drafter(where, target, load, tokenizer_size(self.folder))
+        return target, None
 
     @torch.inference_mode()
     def generate(
@@ -127,16 +131,20 @@ class Engine:
 
         def propose(anchor: int, start: int) -> Tree:
             drafts = self._draft(drafter, anchor, start, sampling, budget) if drafter else chain_tree([])
+            self.lap("draft")
             return forced(anchor, start) if forced else drafts
 
         def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
             nonlocal tree_taps
-            if not budget:
-                return self._pass("chain" if drafter else "plain", partial(self._advance, drafter), rows, start)
-            logits, tree_taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
+            if budget:
+                logits, tree_taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
+            else:
+                logits = self._pass("chain" if drafter else "plain", partial(self._advance, drafter), rows, start)
+            self.lap("verify")
             return logits
 
         def commit(path: list[int], start: int) -> None:
+            self.lap("accept")
             if budget and drafter:
                 keep_rows(self.caches, path, start)
                 draft_context(drafter, self.draft_caches, tree_taps[path], start)
@@ -150,6 +158,7 @@ class Engine:
         if on_tokens:
             on_tokens([first])
         room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
+        self.lap("prefill")
         began = time.perf_counter()
         for r in decode(verify, propose, first, len(prompt_ids), room, sampling, commit):
             out.rounds.append(r)
@@ -158,6 +167,7 @@ class Engine:
             out.round_seconds.append(time.perf_counter() - began)
             if on_tokens:
                 on_tokens(r.tokens)
+            self.lap("rest")
             began = time.perf_counter()
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out

@@ -47,7 +47,11 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up` [E, 2I, H], `down` [E, H, I]."""
+    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up` [E, 2I, H], `down` [E, H, I].
+
+    A `bias` [P, E] holds one row for each position modulo P. `chosen` collects the experts [T, k] of every call, for
+    measurements outside of CUDA graphs.
+    """
 
     router: torch.Tensor
     bias: torch.Tensor
@@ -56,6 +60,7 @@ class Moe:
     scaling: float
     gate_up: torch.Tensor
     down: torch.Tensor
+    chosen: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,12 @@ class Drafter:
 class Progress:
     """A bar on standard error with bytes and bytes per second; one final line where that is not a terminal.
 
-    Of several ranks the first one shows it, with the bytes of its own share.
+    Of several ranks the first one shows it, with the bytes of its own share; shapes without values show nothing.
     """
 
-    def __init__(self, what: str, steps: int, ranks: Ranks):
+    def __init__(self, what: str, steps: int, cfg: "LoadConfig"):
         self.what, self.steps, self.step, self.bytes, self.began = what, steps, 0, 0, time.perf_counter()
-        self.quiet = ranks.rank > 0
+        self.quiet = cfg.ranks.rank > 0 or cfg.device == "meta"
 
     def advance(self, *tensors: torch.Tensor | None) -> None:
         self.step += 1
@@ -182,9 +187,15 @@ def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
             f"{folder} holds {checkpoint.format[0]} experts; round-to-nearest quantisation starts from BF16 experts, "
             "so give the unquantised folder"
         )
-    g, shards = checkpoint.geometry, Shards(checkpoint, cfg.ranks)
+    shards = Shards(checkpoint, cfg.ranks)
+    return target_of(shards, cfg, stop_tokens(Path(folder), checkpoint.config))
+
+
+def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) -> Target:
+    """A rank's target of the tensors that `shards` gives."""
+    g = shards.checkpoint.geometry
     check_target(g, cfg.ranks.size)
-    bar = Progress("loading target", g.num_hidden_layers + 1, cfg.ranks)
+    bar = Progress("loading target", g.num_hidden_layers + 1, cfg)
     embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
     head = embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg)
     bar.advance(embed, None if g.tie_word_embeddings else head)
@@ -194,8 +205,7 @@ def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
         bar.advance(*layers[-1].weights())
     norm = _own(shards.whole("model.norm", cfg.dtype), cfg)
     shards.complete()
-    stops = stop_tokens(Path(folder), checkpoint.config)
-    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stops, cfg.ranks)
+    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stop_token_ids, cfg.ranks)
 
 
 def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
@@ -254,7 +264,17 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
 
     Ids that are not below `tokenizer_size` are padding rows of the embedding and are never drafted.
     """
-    config, tensors, mask_embedding = read_drafter(folder)
+    return drafter_of(read_drafter(folder), target, cfg, tokenizer_size)
+
+
+def drafter_of(
+    stored: tuple[dict, dict[str, torch.Tensor], torch.Tensor],
+    target: Target,
+    cfg: LoadConfig,
+    tokenizer_size: int | None = None,
+) -> Drafter:
+    """A rank's drafter of what `read_drafter` gives: (config, tensors under their published names, mask embedding)."""
+    config, tensors, mask_embedding = stored
     d = DraftGeometry.from_config(config)
     _check_pair(d, target.geometry)
     sizes = {"intermediate_size": (d.intermediate_size, 1), "hidden_size": (d.hidden_size, 1)}
@@ -263,7 +283,7 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
     for name, t in tensors.items():
         base = name.removesuffix(".weight")
         weights[base] = _draft_share(base, t, d, cfg.ranks).to(cfg.device, cfg.dtype, copy=True).contiguous()
-    bar = Progress("loading drafter", 1, cfg.ranks)
+    bar = Progress("loading drafter", 1, cfg)
     bar.advance(*weights.values())
     return Drafter(
         taps=d.target_layer_ids,

@@ -47,10 +47,17 @@ def swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.
     return linear(F.silu(gate) * up, down)
 
 
-def route(moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, H] -> combine weights [T, k] and expert ids [T, k]; float32, the bias steers the selection only."""
+def route(moe: Moe, x: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, H] at `positions` [T] -> combine weights [T, k] and expert ids [T, k]; float32, the bias steers the
+    selection only."""
     scores = F.linear(x.float(), moe.router).sigmoid()
-    chosen = (scores + moe.bias).topk(moe.top_k, dim=-1).indices
+    bias = moe.bias
+    if bias.ndim == 2:
+        assert positions is not None
+        bias = bias[positions % len(bias)]
+    chosen = (scores + bias).topk(moe.top_k, dim=-1).indices
+    if moe.chosen is not None:
+        moe.chosen.append(chosen)
     weights = scores.gather(1, chosen)
     if moe.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -72,12 +79,12 @@ def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tens
     return (out.float() * combine.t()[..., None]).sum(0)
 
 
-def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
 
     A GPU computes every expert where that is `at_once`: a launch costs more than a few experts' bytes.
     """
-    weights, chosen = route(moe, x)
+    weights, chosen = route(moe, x, positions)
     combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
     ranks.record(combine)  # a rank that chose other experts would add its stripes of those, and no error would show
     if x.is_cuda and at_once(moe, len(x)):
@@ -192,10 +199,10 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     return ranks.sum(linear(out, w.o))
 
 
-def mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:
     """The dense or the routed MLP of a layer, [T, H] -> [T, H]."""
     ranks.record(x)
-    return ranks.sum(moe_mlp(w, x, ranks) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down))
+    return ranks.sum(moe_mlp(w, x, ranks, positions) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down))
 
 
 def embed(target: Target, tokens: torch.Tensor) -> torch.Tensor:
@@ -235,7 +242,7 @@ def target_forward(
     tapped = {}
     for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
         x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows, ranks)
-        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps), ranks)
+        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps), ranks, rows.positions)
         if i in taps:
             tapped[i] = x[:count]
     x = rms_norm(x[logits_from:], target.norm, target.eps)

@@ -100,9 +100,8 @@ class Shards:
         self.boxes: dict[str, list[tuple[range, range]]] = {}
 
     def _raw(self, name: str, rows: range, columns: range) -> torch.Tensor:
-        stored = self.checkpoint.raw(name)
         self.boxes.setdefault(name, []).append((rows, columns))
-        return stored[rows.start : rows.stop, columns.start : columns.stop]
+        return self.checkpoint.box(name, rows, columns)
 
     def whole(self, base: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor that every rank holds."""
@@ -142,8 +141,9 @@ class Shards:
         """(gate_up [E, 2I / size, H], gate rows first; down [E, H, I / size]) of one layer's routed experts."""
         g = self.checkpoint.geometry
         inner = g.moe_intermediate_size // self.ranks.size
-        gate_up = torch.empty(g.n_routed_experts, 2 * inner, g.hidden_size, dtype=dtype)
-        down = torch.empty(g.n_routed_experts, g.hidden_size, inner, dtype=dtype)
+        device = self.checkpoint.device
+        gate_up = torch.empty(g.n_routed_experts, 2 * inner, g.hidden_size, dtype=dtype, device=device)
+        down = torch.empty(g.n_routed_experts, g.hidden_size, inner, dtype=dtype, device=device)
         for e in range(g.n_routed_experts):
             prefix = f"model.layers.{layer}.mlp.experts.{e}."
             gate_up[e, :inner] = self.rows(prefix + "gate_proj", dtype)

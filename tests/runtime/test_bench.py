@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from mimo_qat.card import read_results
-from mimo_runtime.bench import acceptance, bytes_per_token, distinct, lookup_rounds, measure
+from mimo_runtime.bench import acceptance, distinct, forced_lengths, lookup_rounds, measure
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
-from mimo_runtime.load import LoadConfig, load_target
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
 from mimo_runtime.quality import compare_logits, cut_windows, perplexity
 
@@ -81,13 +80,11 @@ def test_distinct_trigrams():
     assert distinct([1, 2, 3, 1, 2, 3, 1]) == 3 / 5 and distinct([1, 2]) == 1.0
 
 
-def test_bytes_of_a_token(reference, tiny_config):
-    """Head, four layers of attention (K/V heads 2 and 4), one dense MLP, and 2 of 8 experts in three layers."""
-    c = tiny_config
-    h, vocab = c["hidden_size"], c["vocab_size"]
-    attention = sum((4 + kv) * 48 * h + kv * 32 * h + 4 * 32 * h for kv in (2, 4, 4, 2))
-    mlps = 3 * c["intermediate_size"] * h + 3 * 2 * 3 * c["moe_intermediate_size"] * h
-    assert bytes_per_token(load_target(reference, LoadConfig())) == 2 * (vocab * h + attention + mlps)
+def test_a_fraction_of_forced_drafts_is_their_mean():
+    assert forced_lengths(5) == 5 and forced_lengths([7, 0]) == [7, 0] and forced_lengths(None) is None
+    lengths = forced_lengths(5.3)
+    assert sum(lengths) == 530 and set(lengths) == {5, 6}
+    assert all(sum(lengths[i : i + 10]) == 53 for i in range(0, 100, 10))
 
 
 def test_divergence_and_perplexity_by_hand():
@@ -267,7 +264,7 @@ def test_faults_are_one_line(fault, with_tokenizer, capsys, tmp_path):
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("args", [[], ["nonsense"], ["bench", "x", "--tempature=1"], ["bench"]], ids=str)
+@pytest.mark.parametrize("args", [[], ["nonsense"], ["bench", "x", "--tempature=1"], ["generate"]], ids=str)
 def test_wrong_usage_exits_2(args, capsys):
     try:
         code = main(args)

@@ -1,0 +1,211 @@
+"""Where the time of a decoding round goes, and what it would take if it did nothing but read: the roofline.
+
+The phases come from a run of its own, in which the device is waited for at the end of each, so they add up to a round
+that is a little slower than the timed one. Experts are counted in a run without CUDA graphs. Bytes are those that a
+round has to read once, of several ranks the share of one: what a kernel reads in vain does not count, so a program
+that computes every expert is measured against those that were chosen.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mimo_runtime.config import SamplingConfig
+from mimo_runtime.engine import Engine, Generation
+from mimo_runtime.load import Drafter, Layer, Moe, Target
+
+PHASES = ("draft", "verify", "accept", "rest")
+
+
+class Laps:
+    """Called with the name of a phase at its end, keeps the seconds of the phases of each round since the prefill."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rounds, self.last = device, [], 0.0  # type: torch.device, list[dict[str, float]], float
+
+    def __call__(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if phase == "prefill":
+            self.rounds = []
+        elif phase == PHASES[0]:
+            self.rounds.append(dict.fromkeys(PHASES, 0.0))
+        if self.rounds:
+            self.rounds[-1][phase] += now - self.last
+        self.last = now
+
+    def mean_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase, mean over the rounds, so that they add up to a round."""
+        return {phase: 1e3 * statistics.fmean(r[phase] for r in self.rounds) for phase in PHASES}
+
+
+@contextmanager
+def chosen_experts(engine: Engine) -> Iterator[list[list[torch.Tensor]]]:
+    """Inside, every routed layer of `engine` adds the experts [T, k] of each call to its own list; without graphs."""
+    target, cfg = engine.target, engine.cfg
+    notes: list[list[torch.Tensor]] = []
+    layers = []
+    for layer in target.layers:
+        if isinstance(layer.mlp, Moe):
+            notes.append([])
+            layer = replace(layer, mlp=replace(layer.mlp, chosen=notes[-1]))
+        layers.append(layer)
+    engine.target, engine.cfg = replace(target, layers=tuple(layers)), replace(cfg, cuda_graphs=False)
+    try:
+        yield notes
+    finally:
+        engine.target, engine.cfg = target, cfg
+
+
+def distinct_experts(notes: list[list[torch.Tensor]], rounds: int) -> list[float]:
+    """For each routed layer the number of different experts in a call, mean over the last `rounds` calls."""
+    assert all(len(calls) >= rounds for calls in notes), "rounds ran without telling which experts they chose"
+    return [statistics.fmean(len(ids.unique()) for ids in calls[-rounds:]) for calls in notes]
+
+
+def expected_distinct(experts: int, top_k: int, rows: int) -> float:
+    """E (1 - (1 - k/E)^T): distinct experts of T rows that choose k of E uniformly."""
+    return experts * (1 - (1 - top_k / experts) ** rows)
+
+
+def _attention_bytes(layer: Layer) -> int:
+    return layer.attention.qkv.nbytes + layer.attention.o.nbytes
+
+
+def _kv_bytes(layers: tuple[Layer, ...], context: float, rows: int, each: int) -> int:
+    """Keys and values that `rows` queries after `context` positions see, their own included; `each` bytes a number."""
+    total = 0.0
+    for layer in layers:
+        g, window = layer.attention.geometry, layer.attention.window
+        seen = context if window is None else min(context, window - 1)
+        total += g.kv_heads * (g.head_dim + g.v_head_dim) * (seen + rows) * each
+    return int(total)
+
+
+def target_bytes(target: Target, distinct: list[float], rows: int, context: float) -> dict[str, int]:
+    """Bytes that one call of `rows` rows after `context` positions reads, where the routed layers use `distinct`
+    experts each; norms and the rows of the embedding are left out, kilobytes in all."""
+    used = iter(distinct)
+    out = {"experts": 0.0, "attention": 0, "dense": 0, "head": target.head.nbytes}
+    for layer in target.layers:
+        out["attention"] += _attention_bytes(layer)
+        if isinstance(layer.mlp, Moe):
+            out["experts"] += next(used) * (layer.mlp.gate_up[0].nbytes + layer.mlp.down[0].nbytes)
+            out["dense"] += layer.mlp.router.nbytes
+        else:
+            out["dense"] += layer.mlp.gate_up.nbytes + layer.mlp.down.nbytes
+    out["kv"] = _kv_bytes(target.layers, context, rows, target.embed.element_size())
+    return {name: int(size) for name, size in out.items()}
+
+
+def drafter_bytes(target: Target, drafter: Drafter, context: float) -> int:
+    """Bytes that drafting a block after `context` positions reads: the layers, the target's head, the projection of the
+    taps into the context, which reads the key and value rows of each layer once more, and the context.
+
+    Of a selector's codebooks a few rows are read, which are left out.
+    """
+    total = drafter.fc.nbytes + target.head.nbytes
+    for layer in drafter.layers:
+        g = layer.attention.geometry
+        again = g.kv_heads * (g.head_dim + g.v_head_dim) * layer.attention.qkv[0].nbytes
+        mlp = layer.mlp
+        total += _attention_bytes(layer) + again + mlp.gate_up.nbytes + mlp.down.nbytes
+        total += sum(c.projection.nbytes for c in (layer.attention_conv, layer.mlp_conv) if c is not None)
+    if drafter.selector is not None:
+        total += drafter.selector.projection.nbytes
+    return total + _kv_bytes(drafter.layers, context, drafter.block, drafter.fc.element_size())
+
+
+def broken_down(
+    engine: Engine, ids: list[int], sampling: SamplingConfig, timed: list[Generation], gb_per_s: float, **way: Any
+) -> dict[str, Any]:
+    """What a round of `engine.generate(ids, sampling, **way)` is made of, beside the roofline at `gb_per_s`.
+
+    {"rounds", "rows", "context" (mean), "round_ms" (median of the runs `timed`), "phases_ms", "distinct_experts",
+    "distinct_by_layer", "distinct_if_uniform", "bytes", "bytes_per_round", "roofline_ms", "roofline" (share of
+    round_ms)}.
+    """
+    laps, before = Laps(engine.device), engine.lap
+    engine.lap = laps
+    generation = engine.generate(ids, sampling, **way)
+    engine.lap = before
+    rounds = len(generation.rounds)
+    assert rounds == len(laps.rounds) > 0
+    drafter = engine.drafter if way.get("speculate", True) else None
+    rows = 1 + max(r.drafted for r in generation.rounds)
+    context = len(ids) + statistics.fmean(_starts(generation))
+    with chosen_experts(engine) as notes:
+        engine.generate(ids, sampling, **way)
+    distinct = distinct_experts(notes, rounds)
+    read = target_bytes(engine.target, distinct, rows, context)
+    if drafter is not None:
+        read["drafter"] = drafter_bytes(engine.target, drafter, context)
+    total = sum(read.values())
+    round_ms = 1e3 * statistics.median(s for g in timed for s in g.round_seconds)
+    moe = next((layer.mlp for layer in engine.target.layers if isinstance(layer.mlp, Moe)), None)
+    return {
+        "rounds": rounds,
+        "rows": rows,
+        "context": context,
+        "round_ms": round_ms,
+        "phases_ms": laps.mean_ms(),
+        "distinct_experts": statistics.fmean(distinct) if distinct else None,
+        "distinct_by_layer": distinct,
+        "distinct_if_uniform": expected_distinct(len(moe.down), moe.top_k, rows) if moe else None,
+        "bytes": read,
+        "bytes_per_round": total,
+        "roofline_ms": total / gb_per_s / 1e6,
+        "roofline": total / gb_per_s / 1e6 / round_ms,
+    }
+
+
+def _starts(generation: Generation) -> list[int]:
+    """Tokens before the anchor of each round, without the prompt."""
+    starts, at = [], 0
+    for r in generation.rounds:
+        starts.append(at)
+        at += len(r.tokens)
+    return starts
+
+
+def print_breakdown(found: dict[str, dict[str, Any]], ranks: int) -> None:
+    """The breakdowns of several ways to decode, a line each for time, bytes and experts."""
+    each = " a rank" if ranks > 1 else ""
+    for way, b in found.items():
+        phases = " + ".join(f"{name} {ms:.2f}" for name, ms in b["phases_ms"].items())
+        print(f"{way} round: {b['round_ms']:.2f} ms; with waits after each phase {phases} ms")
+        parts = " + ".join(f"{name} {size / 1e6:,.1f}" for name, size in b["bytes"].items())
+        print(f"  reads{each} {parts} = {b['bytes_per_round'] / 1e6:,.1f} MB at context {b['context']:.0f}: "
+              f"roofline {b['roofline_ms']:.2f} ms, {b['roofline']:.0%} of it reached")  # fmt: skip
+        if b["distinct_experts"] is not None:
+            print(f"  distinct experts a layer {b['distinct_experts']:.1f}; {b['rows']} rows that choose uniformly "
+                  f"have {b['distinct_if_uniform']:.1f}")  # fmt: skip
+
+
+def plot_breakdown(found: dict[str, dict[str, Any]], title: str, path: str) -> None:
+    """A bar for each way to decode, of its phases in ms, with the roofline as a line across it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plot needs matplotlib; run: pip install 'mimo-qat[report]'") from None
+    figure = Figure(figsize=(7, 1.2 + 0.7 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, b in enumerate(found.values()):
+        left = 0.0
+        for i, phase in enumerate(PHASES):
+            label = phase if place == 0 else None
+            axes.barh(place, b["phases_ms"][phase], left=left, height=0.5, color=f"C{i}", label=label)
+            left += b["phases_ms"][phase]
+        label = "roofline" if place == 0 else None
+        axes.plot([b["roofline_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2, label=label)
+    axes.set_yticks(range(len(found)), [f"{way}\n{b['rows']} rows" for way, b in found.items()])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a round, with waits after each phase", title=title)
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,241 @@
+"""mimo-runtime bench --synthetic flash --layers 12 --uniform_routing true
+
+A published geometry without its weights: the loader fills the same buffers from a folder that is not there. Every value
+is a function of (tensor name, row, column), so that the shares of several ranks are cut from one model, which decodes
+the same tokens on any number of ranks. Speed is that of the real shapes; what is generated means nothing.
+
+With uniform routing each token's experts are drawn without replacement, by position and layer alone: rows of a trained
+router's verification share experts, those of a random router share even more, and this is the case that no luck helps.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mimo_qat
+from mimo_qat.checkpoint.folder import TORCH_DTYPES
+from mimo_qat.checkpoint.layout import (
+    DraftGeometry,
+    Geometry,
+    TensorSpec,
+    default_drafter_config,
+    drafter_tensors,
+    read_json,
+    target_tensors,
+)
+from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_qat.plan_runtime import workspace_bytes
+from mimo_runtime.cache import RingCache
+from mimo_runtime.config import BenchConfig, EngineConfig
+from mimo_runtime.engine import BLOCK, DTYPES, Engine
+from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, drafter_of, target_of
+from mimo_runtime.model import new_caches, new_draft_caches
+from mimo_runtime.parallel import Ranks
+from mimo_runtime.shards import Shards
+from mimo_runtime.speculate import gumbel_noise
+
+PUBLISHED = {"flash": "mimo-v2.5.json", "pro": "mimo-v2.5-pro.json"}
+CONTEXTS = (8192, 262144, 1048576)
+UNIFORM_PERIOD = 1024  # positions after which uniform routing repeats its choices
+_TABLE, _KEYS = 1 << 20, 1 << 18
+_PIECE = 1 << 26  # values made at once, which bounds the index in between
+
+
+def model_config(model: str, layers: int | None) -> dict[str, Any]:
+    """config.json of "flash", "pro", a file or a folder; of `layers` the first so many layers alone."""
+    path = Path(model)
+    if model in PUBLISHED:
+        package = Path(mimo_qat.__file__).parent
+        root = package if (package / "recipes").is_dir() else package.parent
+        path = root / "recipes" / "model" / PUBLISHED[model]
+    config = read_json(path / "config.json" if path.is_dir() else path)
+    count = Geometry.from_config(config).num_hidden_layers
+    if layers is None:
+        return config
+    if not 1 <= layers <= count:
+        raise ValueError(f"layers is {layers}; {model} has {count}, keep 1 to {count} of them")
+    lists = {k: config[k][:layers] for k in ("hybrid_layer_pattern", "moe_layer_freq") if config.get(k) is not None}
+    return config | lists | {"num_hidden_layers": layers}
+
+
+class RandomTensors:
+    """Values of tensors that exist in no file; on the meta device only their shapes.
+
+    A matrix is T[a(row) + b(column)], of a table T of 2^20 standard normal numbers and two sequences of random keys,
+    which start where the tensor's name says: an addition and a look-up a value. The scale is 1 / sqrt(columns), and 1
+    for an embedding. Norms are 1, router biases 0.
+    """
+
+    def __init__(self, device: str | torch.device):
+        self.device = torch.device(device)
+        if self.device.type != "meta":
+            generator = torch.Generator().manual_seed(0)  # of the CPU, so that no GPU makes other numbers
+            self.table = torch.randn(_TABLE, generator=generator).to(self.device)
+            self.keys = torch.randint(_TABLE, (_KEYS,), generator=generator, dtype=torch.int32).to(self.device)
+        self.scaled: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+
+    def box(self, spec: TensorSpec, rows: range, columns: range) -> torch.Tensor:
+        """The values [len(rows), len(columns)] of a part of a matrix, in its stored dtype."""
+        dtype = TORCH_DTYPES[spec.dtype]
+        out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
+        if self.device.type == "meta":
+            return out
+        scale = 1.0 if "embed" in spec.name else spec.shape[-1] ** -0.5
+        if (scale, dtype) not in self.scaled:
+            self.scaled[scale, dtype] = (self.table * scale).to(dtype)
+        table = self.scaled[scale, dtype]
+        down, across = self._keys(spec.name, rows), self._keys("^" + spec.name, columns)
+        many = max(1, _PIECE // len(columns))
+        for part, keys in zip(out.split(many), down.split(many), strict=True):
+            index = (keys[:, None] + across) & (_TABLE - 1)
+            part.copy_(table.index_select(0, index.view(-1)).view(part.shape))
+        return out
+
+    def whole(self, spec: TensorSpec) -> torch.Tensor:
+        """All values of a tensor of any number of dimensions."""
+        constant = len(spec.shape) == 1 and not spec.name.endswith("sink_bias")
+        if constant or self.device.type == "meta":
+            value = 0.0 if spec.name.endswith("bias") else 1.0
+            return torch.full(spec.shape, value, dtype=TORCH_DTYPES[spec.dtype], device=self.device)
+        columns = spec.shape[-1] if len(spec.shape) > 1 else 1
+        rows = torch.Size(spec.shape).numel() // columns
+        return self.box(spec, range(rows), range(columns)).view(spec.shape)
+
+    def _keys(self, name: str, indices: range) -> torch.Tensor:
+        places = torch.arange(indices.start, indices.stop, device=self.device) + zlib.crc32(name.encode())
+        return self.keys[places % _KEYS]
+
+
+class RandomCheckpoint(Checkpoint):
+    """A BF16 folder of a configuration alone, for `Shards`."""
+
+    def __init__(self, config: dict[str, Any], tensors: RandomTensors):
+        self.config, self.device, self.tensors = config, tensors.device, tensors
+        self.specs = target_tensors(config, experts="bf16", spine="bf16", mtp_layers=0)
+
+    def raw(self, name: str) -> torch.Tensor:
+        return self.tensors.whole(self.specs[name])
+
+    def box(self, name: str, rows: range, columns: range) -> torch.Tensor:
+        return self.tensors.box(self.specs[name], rows, columns)
+
+
+def random_model(config: dict[str, Any], load: LoadConfig, draft: bool = True) -> tuple[Target, Drafter | None]:
+    """A rank's share of a random target and of a drafter of the published geometry; meta tensors on that device."""
+    tensors = RandomTensors(load.device)
+    target = target_of(Shards(RandomCheckpoint(config, tensors), load.ranks), load, ())
+    if not draft:
+        return target, None
+    draft_config = default_drafter_config(config)
+    specs = drafter_tensors(draft_config)
+    d = DraftGeometry.from_config(draft_config)
+    mask = tensors.whole(TensorSpec("mask_embedding", "BF16", (1, d.hidden_size), ""))[0]
+    stored = {name: tensors.whole(spec) for name, spec in specs.items()}
+    return target, drafter_of((draft_config, stored, mask), target, load)
+
+
+def uniform(target: Target) -> Target:
+    """`target` with routers that choose by position: any k experts of E are equally likely, each token anew.
+
+    The biases are random orders of the experts, two apart, which no sigmoid score overturns: everything that a router
+    computes is still computed.
+    """
+    layers = []
+    for i, layer in enumerate(target.layers):
+        if isinstance(layer.mlp, Moe):
+            device = layer.mlp.bias.device
+            places, ids = torch.arange(UNIFORM_PERIOD, device=device), torch.arange(len(layer.mlp.bias), device=device)
+            order = gumbel_noise(i, places, ids[None]).argsort(dim=-1, stable=True)
+            layer = replace(layer, mlp=replace(layer.mlp, bias=2.0 * order))
+        layers.append(layer)
+    return replace(target, layers=tuple(layers))
+
+
+class SyntheticEngine(Engine):
+    """An engine of a configuration, with random weights; it never stops before its budget."""
+
+    def __init__(self, config: dict[str, Any], cfg: EngineConfig, *, uniform_routing: bool = False):
+        if cfg.drafter not in ("auto", None):
+            raise ValueError(f"drafter is {cfg.drafter}; a synthetic model takes auto, or null for none")
+        self.config, self.uniform_routing = config, uniform_routing
+        super().__init__("", cfg)
+
+    def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
+        target, drafter = random_model(self.config, load, self.cfg.drafter is not None)
+        return uniform(target) if self.uniform_routing else target, drafter
+
+
+def random_prompts(vocab_size: int, length: int, count: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `length` uniform token ids, the same on all ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (count, length), generator=generator).tolist()
+
+
+def allocated(thing: Any) -> int:
+    """Bytes of the storages under all tensors of `thing` (dataclasses, caches, sequences), each counted once."""
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(thing)}
+    return sum(found.values())
+
+
+def _tensors(thing: Any) -> Iterator[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, RingCache):
+        yield from (thing.k, thing.v)
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            yield from _tensors(part)
+    elif is_dataclass(thing):
+        for field in fields(thing):
+            yield from _tensors(getattr(thing, field.name))
+
+
+def memory(config: dict[str, Any], size: int, cfg: EngineConfig) -> dict[str, Any]:
+    """Bytes of one of `size` ranks, all alike: {"experts", "spine", "drafter", "workspace", "kv": {context: bytes}}.
+
+    Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
+    the estimate of `mimo-qat plan --runtime`.
+    """
+    load = LoadConfig("meta", DTYPES[cfg.dtype], ranks=Ranks(0, size))
+    target, drafter = random_model(config, load, cfg.drafter is not None)
+    experts = [(m.gate_up, m.down) for m in (layer.mlp for layer in target.layers) if isinstance(m, Moe)]
+    rows = max(drafter.block if drafter else BLOCK, cfg.tree_budget + 1)
+    kv = {}
+    for context in CONTEXTS:
+        draft_caches = new_draft_caches(drafter, context) if drafter else []
+        kv[str(context)] = allocated([*new_caches(target, context, rows), *draft_caches])
+    d = DraftGeometry.from_config(default_drafter_config(config))
+    return {
+        "experts": allocated(experts),
+        "spine": allocated(target) - allocated(experts),
+        "drafter": allocated(drafter),
+        "workspace": workspace_bytes(target.geometry, d, size, cfg.prefill_chunk),
+        "kv": kv,
+    }
+
+
+def dry_run(cfg: BenchConfig) -> dict[str, Any]:
+    """Prints what each rank would hold, and returns it; nothing is allocated."""
+    model = cfg.synthetic or cfg.folder
+    assert model is not None
+    found = memory(model_config(model, cfg.layers), cfg.ranks, cfg)
+    print(f"{described(cfg, model)} on {cfg.ranks} ranks, {cfg.dtype}, bytes a rank, one sequence")
+    parts = ("experts", "spine", "drafter", "workspace")
+    for name in parts:
+        print(f"  {name:<16}{found[name] / 2**30:>10.2f} GiB")
+    fixed = sum(found[name] for name in parts)
+    totals = {context: fixed + size for context, size in found["kv"].items()}
+    for context, size in found["kv"].items():
+        print(f"  KV {int(context):>9,}    {size / 2**30:>10.2f} GiB   total {totals[context] / 2**30:>8.2f} GiB")
+    return {"model": model, "layers": cfg.layers, "ranks": cfg.ranks, "dtype": cfg.dtype, **found, "totals": totals}
+
+
+def described(cfg: BenchConfig, model: str) -> str:
+    """The model in words: a slice is always called one."""
+    count = len(Geometry.from_config(model_config(model, None)).layers)
+    kept = cfg.layers or count
+    return f"{model}, " + (f"a SLICE: the first {kept} of {count} layers" if kept < count else f"all {count} layers")
