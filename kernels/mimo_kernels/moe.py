@@ -132,7 +132,7 @@ def pack_experts(experts: Experts) -> PackedExperts:
     """Rearrange the experts for the kernels, on their device, one at a time. ValueError for a scale byte above 128."""
     _check_experts(experts)
     for name, scales in (("gate_up_scales", experts.gate_up_scales), ("down_scales", experts.down_scales)):
-        if scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
+        if scales.numel() and not scales.is_meta and int(scales.max()) > MAX_SCALE_BYTE:
             raise ValueError(
                 f"{name}: byte {int(scales.max())}, above {MAX_SCALE_BYTE} (weights above 12); the packed layout has "
                 "no such scale, run this layer from BF16 weights"

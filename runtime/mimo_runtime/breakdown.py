@@ -17,7 +17,7 @@ import torch
 
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.engine import Engine, Generation
-from mimo_runtime.load import Drafter, Layer, Moe, Target
+from mimo_runtime.load import Drafter, Layer, Mlp, Moe, Target
 
 PHASES = ("draft", "verify", "accept", "rest")
 
@@ -96,7 +96,7 @@ def target_bytes(target: Target, distinct: list[float], rows: int, context: floa
     for layer in target.layers:
         out["attention"] += _attention_bytes(layer)
         if isinstance(layer.mlp, Moe):
-            out["experts"] += next(used) * (layer.mlp.gate_up[0].nbytes + layer.mlp.down[0].nbytes)
+            out["experts"] += next(used) * sum(t[0].nbytes for t in layer.mlp.weights())
             out["dense"] += layer.mlp.router.nbytes
         else:
             out["dense"] += layer.mlp.gate_up.nbytes + layer.mlp.down.nbytes
@@ -115,6 +115,7 @@ def drafter_bytes(target: Target, drafter: Drafter, context: float) -> int:
         g = layer.attention.geometry
         again = g.kv_heads * (g.head_dim + g.v_head_dim) * layer.attention.qkv[0].nbytes
         mlp = layer.mlp
+        assert isinstance(mlp, Mlp)
         total += _attention_bytes(layer) + again + mlp.gate_up.nbytes + mlp.down.nbytes
         total += sum(c.projection.nbytes for c in (layer.attention_conv, layer.mlp_conv) if c is not None)
     if drafter.selector is not None:
@@ -157,7 +158,7 @@ def broken_down(
         "phases_ms": laps.mean_ms(),
         "distinct_experts": statistics.fmean(distinct) if distinct else None,
         "distinct_by_layer": distinct,
-        "distinct_if_uniform": expected_distinct(len(moe.down), moe.top_k, rows) if moe else None,
+        "distinct_if_uniform": expected_distinct(len(moe.experts.down), moe.top_k, rows) if moe else None,
         "bytes": read,
         "bytes_per_round": total,
         "roofline_ms": total / gb_per_s / 1e6,

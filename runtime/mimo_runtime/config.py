@@ -15,6 +15,9 @@ class EngineConfig:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """type of weights and activations; norms, router, softmax and logits are float32 in both"""
+    experts: Literal["auto", "packed", "plain"] = "auto"
+    """packed keeps MXFP4 experts as codes and runs kernels for few tokens on them, in bfloat16; plain decodes them to
+    `dtype`; auto takes packed where they are MXFP4, dtype is bfloat16 and the GPU has compute capability 9 or more"""
     max_len: int = 4096
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int = 256

@@ -22,7 +22,6 @@ from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
 from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_drafter, load_target, tokenizer_size
 from mimo_runtime.model import (
-    at_once,
     draft_context,
     draft_forward,
     keep_rows,
@@ -30,6 +29,7 @@ from mimo_runtime.model import (
     new_draft_caches,
     target_forward,
     tree_rows,
+    without_host,
 )
 from mimo_runtime.parallel import connect, place
 from mimo_runtime.speculate import Propose, Round, choose, decode, draft_candidates, forced_drafts
@@ -74,7 +74,7 @@ class Engine:
         folder = Path(folder)
         device = place(cfg.device)
         self.ranks = connect(device, cfg.rank_timeout, cfg.check_ranks)
-        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, self.ranks)
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, self.ranks)
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device
@@ -281,10 +281,10 @@ class Engine:
         moes = [layer.mlp for layer in self.target.layers if isinstance(layer.mlp, Moe)]
         if self.device.type != "cuda":
             raise ValueError("cuda_graphs needs a GPU; leave it out on a CPU")
-        if any(not at_once(moe, rows) for moe in moes for rows in (self.block, most_rows)):
+        if any(not without_host(moe, rows) for moe in moes for rows in (self.block, most_rows)):
             raise ValueError(
-                f"cuda_graphs: {len(moes[0].gate_up)} experts or {most_rows} rows are too many to compute every expert "
-                "for every row; leave it out, or lower tree_budget"
+                f"cuda_graphs: {len(moes[0].experts.down)} plain experts or {most_rows} rows are too many to compute "
+                "every expert for every row; leave it out, lower tree_budget, or use packed experts"
             )
 
     def _resolved(self, sampling: SamplingConfig) -> SamplingConfig:

@@ -1,8 +1,9 @@
 """Reads a release folder (or a BF16 folder) into plain tensors on one device, ready for `mimo_runtime.model`.
 
 Every weight is dequantised once, exactly: MXFP4 experts and the FP8 spine of a release become the values that the file
-means, in float32 or rounded once to bfloat16 (MXFP4 values need no rounding). The same code reads the unquantised
-reference, and snaps its experts to MXFP4 on request: the plain post-training quantisation that a release competes with.
+means, in float32 or rounded once to bfloat16 (MXFP4 values need no rounding). Where there are kernels for it, experts
+stay MXFP4 codes, rearranged once: a quarter of the bytes. The same code reads the unquantised reference, and snaps its
+experts to MXFP4 on request: the plain post-training quantisation that a release competes with.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mimo_kernels import mxfp4
+from mimo_kernels.moe import Experts, PackedExperts, pack_experts
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
 from mimo_qat.models.draft_tree import TOP_K
@@ -46,8 +48,16 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class PlainExperts:
+    """Experts as their values: `gate_up` [E, 2I, H] with the gate rows first, `down` [E, H, I]."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Moe:
-    """Routed experts: `router` [E, H] and `bias` [E] in float32, `gate_up` [E, 2I, H], `down` [E, H, I].
+    """Routed experts: `router` [E, H] and `bias` [E] in float32, and the experts as values or as packed MXFP4 codes.
 
     A `bias` [P, E] holds one row for each position modulo P. `chosen` collects the experts [T, k] of every call, for
     measurements outside of CUDA graphs.
@@ -58,9 +68,12 @@ class Moe:
     top_k: int
     normalise: bool
     scaling: float
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    experts: PlainExperts | PackedExperts
     chosen: list[torch.Tensor] | None = None
+
+    def weights(self) -> list[torch.Tensor]:
+        """The tensors of the experts, each with E as its first dimension."""
+        return [t for t in vars(self.experts).values() if isinstance(t, torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,7 @@ class Layer:
     def weights(self) -> list[torch.Tensor]:
         """The matrices, that is all but a few kilobytes."""
         w = self.mlp
-        mlp = [*w.gate_up, *w.down] if isinstance(w, Moe) else [w.gate_up, w.down]
-        return [self.attention.qkv, self.attention.o, *mlp]
+        return [self.attention.qkv, self.attention.o, *(w.weights() if isinstance(w, Moe) else (w.gate_up, w.down))]
 
 
 @dataclass(frozen=True)
@@ -166,13 +178,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `ranks` says
-    whose share is read."""
+    """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `experts` says
+    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`; `ranks` says whose share is read."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     rtn: mxfp4.Rule | None = None
+    experts: str = "plain"
     ranks: Ranks = field(default_factory=Ranks)
+
+    def packs(self, stored: str) -> bool:
+        """Whether experts that are `stored` as "mxfp4" or otherwise are packed; ValueError where they cannot be."""
+        possible = self.dtype == torch.bfloat16 and (stored == "mxfp4" or self.rtn is not None)
+        if self.experts == "packed" and not possible:
+            raise ValueError(
+                f"experts packed needs MXFP4 experts and dtype bfloat16; these are {stored} and {self.dtype}: use plain"
+            )
+        device = torch.device(self.device)
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        return possible and (self.experts == "packed" or (self.experts == "auto" and fast))
 
 
 def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
@@ -240,23 +264,36 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
     )
     mlp: Mlp | Moe
     if geometry.moe:
-        gate_up, down = shards.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
-        if cfg.rtn is not None:
-            gate_up = mxfp4.snap(gate_up, cfg.rtn, name=at + "mlp.experts.gate_up").to(cfg.dtype)
-            down = mxfp4.snap(down, cfg.rtn, name=at + "mlp.experts.down").to(cfg.dtype)
         mlp = Moe(
             router=whole("mlp.gate", torch.float32),
             bias=whole("mlp.gate.e_score_correction_bias", torch.float32),
             top_k=g.num_experts_per_tok,
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
-            gate_up=gate_up.to(cfg.device),
-            down=down.to(cfg.device),
+            experts=_experts(shards, i, cfg),
         )
     else:
         mlp = Mlp(torch.cat((rows("mlp.gate_proj"), rows("mlp.up_proj"))), columns("mlp.down_proj"))
     norms = whole("input_layernorm"), whole("post_attention_layernorm")
     return Layer(norms[0], attention, norms[1], mlp, g.layernorm_epsilon)
+
+
+def _experts(shards: Shards, i: int, cfg: LoadConfig) -> PlainExperts | PackedExperts:
+    """The experts of layer i in the form that `cfg` asks for."""
+    packed = cfg.packs(shards.checkpoint.format[0])
+    if packed and cfg.rtn is None:
+        return pack_experts(Experts(**{n: t.to(cfg.device) for n, t in vars(shards.expert_codes(i)).items()}))
+    gate_up, down = shards.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
+    if cfg.rtn is None:
+        return PlainExperts(gate_up.to(cfg.device), down.to(cfg.device))
+    names = f"model.layers.{i}.mlp.experts.gate_up", f"model.layers.{i}.mlp.experts.down"
+    if packed:
+        (codes, scales), (down, down_scales) = (
+            mxfp4.encode(t.to(cfg.device), cfg.rtn, name=n) for t, n in zip((gate_up, down), names, strict=True)
+        )
+        return pack_experts(Experts(codes, scales, down, down_scales))
+    gate_up, down = (mxfp4.snap(t, cfg.rtn, name=n) for t, n in zip((gate_up, down), names, strict=True))
+    return PlainExperts(gate_up.to(cfg.device, cfg.dtype), down.to(cfg.device, cfg.dtype))
 
 
 def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_size: int | None = None) -> Drafter:

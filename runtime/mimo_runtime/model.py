@@ -14,9 +14,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mimo_kernels import moe as moe_kernels
+from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
-from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, Target
+from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.parallel import Ranks
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
@@ -64,39 +66,53 @@ def route(moe: Moe, x: torch.Tensor, positions: torch.Tensor | None = None) -> t
     return weights * moe.scaling, chosen
 
 
-def at_once(moe: Moe, rows: int) -> bool:
-    """Whether so many rows touch most experts anyway, and are few enough to compute all of them for every row."""
-    return rows <= MANY_ROWS and len(moe.gate_up) <= 4 * rows * moe.top_k
+def without_host(moe: Moe, rows: int) -> bool:
+    """Whether the experts run so many rows without the host knowing the routing: packed ones do, plain ones where the
+    rows touch most experts anyway, and are few enough to compute all of them for every row."""
+    if isinstance(moe.experts, PackedExperts):
+        return True
+    return rows <= MANY_ROWS and len(moe.experts.down) <= 4 * rows * moe.top_k
 
 
-def every_expert(moe: Moe, x: torch.Tensor, combine: torch.Tensor) -> torch.Tensor:
+def every_expert(experts: PlainExperts, x: torch.Tensor, combine: torch.Tensor) -> torch.Tensor:
     """All experts on all rows x [T, H], weighted by combine [T, E] and summed in float32: two matrix products.
 
     Nothing here depends on the routing's values, so the host never waits for the device.
     """
-    gate, up = torch.matmul(x, moe.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, T, I] each
-    out = torch.bmm(F.silu(gate) * up, moe.down.transpose(1, 2))
+    gate, up = torch.matmul(x, experts.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, T, I] each
+    out = torch.bmm(F.silu(gate) * up, experts.down.transpose(1, 2))
     return (out.float() * combine.t()[..., None]).sum(0)
+
+
+def packed_experts(
+    experts: PackedExperts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same sums, of at most 16 rows at a time: x [T, H], ids and weights [T, k] -> bfloat16 [T, H]."""
+    parts = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
+    return torch.cat([moe_kernels.moe(*part, experts=experts) for part in parts])
 
 
 def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Routed experts, summed in float32 in ascending expert id, so that the order depends on nothing else.
 
-    A GPU computes every expert where that is `at_once`: a launch costs more than a few experts' bytes.
+    A GPU computes every expert where it can do so `without_host`: a launch costs more than a few experts' bytes.
     """
     weights, chosen = route(moe, x, positions)
-    combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+    experts = moe.experts
+    combine = torch.zeros(len(x), len(experts.down), device=x.device).scatter_(1, chosen, weights)
     ranks.record(combine)  # a rank that chose other experts would add its stripes of those, and no error would show
-    if x.is_cuda and at_once(moe, len(x)):
-        return every_expert(moe, x, combine).to(x.dtype)
+    if isinstance(experts, PackedExperts):
+        return packed_experts(experts, x, chosen, weights)
+    if x.is_cuda and without_host(moe, len(x)):
+        return every_expert(experts, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in sorted({e for row in chosen.tolist() for e in row}):
         weight = combine[:, e, None]
         if len(x) <= FEW_ROWS:  # rows of other experts carry weight zero, which adds exactly nothing
-            out.addcmul_(swiglu(x, moe.gate_up[e], moe.down[e]).float(), weight)
+            out.addcmul_(swiglu(x, experts.gate_up[e], experts.down[e]).float(), weight)
         else:
             rows = weight[:, 0].nonzero()[:, 0]
-            out.index_add_(0, rows, swiglu(x[rows], moe.gate_up[e], moe.down[e]).float() * weight[rows])
+            out.index_add_(0, rows, swiglu(x[rows], experts.gate_up[e], experts.down[e]).float() * weight[rows])
     return out.to(x.dtype)
 
 

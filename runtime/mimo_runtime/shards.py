@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from mimo_kernels import fp8, mxfp4
+from mimo_kernels.moe import Experts
 from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, e8m0_bytes
 from mimo_runtime.parallel import Ranks
@@ -151,6 +152,18 @@ class Shards:
             down[e] = self.columns(prefix + "down_proj", dtype)
         return gate_up, down
 
+    def expert_codes(self, layer: int) -> Experts:
+        """The same share as the MXFP4 codes and scale bytes that are stored; nothing is decoded."""
+        g, prefix = self.checkpoint.geometry, f"model.layers.{layer}.mlp.experts."
+        inner, hidden = part(g.moe_intermediate_size, self.ranks.rank, self.ranks.size), range(g.hidden_size)
+        boxes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        stacked = []
+        for name, box in boxes.items():
+            each = [self._codes(f"{prefix}{e}.{name}", *box) for e in range(g.n_routed_experts)]
+            stacked.append([torch.stack(tensors) for tensors in zip(*each, strict=True)])
+        gate, up, down = stacked
+        return Experts(*(torch.cat(pair, dim=1) for pair in zip(gate, up, strict=True)), *down)
+
     def complete(self) -> None:
         """Proves that every tensor of the model gave this rank its share."""
         skip = (MTP_PREFIX, *TOWER_PREFIXES)
@@ -170,16 +183,19 @@ class Shards:
             return self.whole(base, dtype)
         stored = self._stored(base)
         if base + ".weight_scale" in self.checkpoint:
-            codes = self._raw(stored, rows, _divided(columns, 2))
-            scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
-            scales = e8m0_bytes(scales, base + ".weight_scale")
-            return mxfp4.decode(codes.contiguous(), scales.contiguous(), dtype, name=base)
+            return mxfp4.decode(*self._codes(base, rows, columns), dtype, name=base)
         values = self._raw(stored, rows, columns)
         if base + ".weight_scale_inv" in self.checkpoint:
             return self._scaled(base, dtype, values, (rows, columns))
         if values.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"{stored} is {values.dtype} but has no scale beside it; export the checkpoint again")
         return values.to(dtype)
+
+    def _codes(self, base: str, rows: range, columns: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes uint8 [N, K/2], scale bytes uint8 [N, K/32]) of a part of an MXFP4 matrix."""
+        codes = self._raw(self._stored(base), rows, _divided(columns, 2))
+        scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
+        return codes.contiguous(), e8m0_bytes(scales, base + ".weight_scale").contiguous()
 
     def _scaled(self, base: str, dtype: torch.dtype, codes: torch.Tensor, box: tuple[range, range]) -> torch.Tensor:
         """FP8 codes of a box times their scales, which the codec gets one row each (`chunk_rows` 1).

@@ -8,6 +8,7 @@ With uniform routing each token's experts are drawn without replacement, by posi
 router's verification share experts, those of a random router share even more, and this is the case that no luck helps.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -95,6 +96,16 @@ class RandomTensors:
             part.copy_(table.index_select(0, index.view(-1)).view(part.shape))
         return out
 
+    def _table(self, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        scale = 1.0 if "embed" in spec.name or len(spec.shape) == 1 else spec.shape[-1] ** -0.5
+        if dtype == torch.uint8:  # MXFP4: two codes a byte, or a scale byte for 32 weights
+            scale = mxfp4_scale_byte(32 * spec.shape[-1]) if spec.name.endswith("_scale") else 0
+        if (scale, dtype) not in self.scaled:
+            bits = self.table.view(torch.int32)
+            values = self.table * scale if dtype != torch.uint8 else scale + (bits & 1) if scale else bits & 255
+            self.scaled[scale, dtype] = values.to(dtype)
+        return self.scaled[scale, dtype]
+
     def whole(self, spec: TensorSpec) -> torch.Tensor:
         """All values of a tensor of any number of dimensions."""
         constant = len(spec.shape) == 1 and not spec.name.endswith("sink_bias")
@@ -110,12 +121,17 @@ class RandomTensors:
         return self.keys[places % _KEYS]
 
 
+def mxfp4_scale_byte(columns: int) -> int:
+    """The E8M0 byte that gives rows of uniform E2M1 codes, whose mean square is 8.56, a norm of about 1."""
+    return 127 + round(-0.5 * math.log2(8.56 * columns))
+
+
 class RandomCheckpoint(Checkpoint):
-    """A BF16 folder of a configuration alone, for `Shards`."""
+    """A release of a configuration alone, for `Shards`: MXFP4 experts, everything else in BF16."""
 
     def __init__(self, config: dict[str, Any], tensors: RandomTensors):
         self.config, self.device, self.tensors = config, tensors.device, tensors
-        self.specs = target_tensors(config, experts="bf16", spine="bf16", mtp_layers=0)
+        self.specs = target_tensors(config, experts="mxfp4", spine="bf16", mtp_layers=0)
 
     def raw(self, name: str) -> torch.Tensor:
         return self.tensors.whole(self.specs[name])
@@ -200,9 +216,10 @@ def memory(config: dict[str, Any], size: int, cfg: EngineConfig) -> dict[str, An
     Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
     the estimate of `mimo-qat plan --runtime`.
     """
-    load = LoadConfig("meta", DTYPES[cfg.dtype], ranks=Ranks(0, size))
+    packed = cfg.experts != "plain" and cfg.dtype == "bfloat16"  # as on the GPUs that this is asked for
+    load = LoadConfig("meta", DTYPES[cfg.dtype], experts="packed" if packed else "plain", ranks=Ranks(0, size))
     target, drafter = random_model(config, load, cfg.drafter is not None)
-    experts = [(m.gate_up, m.down) for m in (layer.mlp for layer in target.layers) if isinstance(m, Moe)]
+    experts = [layer.mlp.experts for layer in target.layers if isinstance(layer.mlp, Moe)]
     rows = max(drafter.block if drafter else BLOCK, cfg.tree_budget + 1)
     kv = {}
     for context in CONTEXTS:

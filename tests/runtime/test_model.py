@@ -149,7 +149,7 @@ def test_all_experts_at_once_equal_the_loop(reference):
     x = torch.randn(9, 96, generator=torch.Generator().manual_seed(0))
     weights, chosen = route(moe, x)
     combine = torch.zeros(9, 8).scatter_(1, chosen, weights)
-    torch.testing.assert_close(every_expert(moe, x, combine), moe_mlp(moe, x, Ranks()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(every_expert(moe.experts, x, combine), moe_mlp(moe, x, Ranks()), rtol=1e-4, atol=1e-5)
     assert (combine > 0).sum(1).tolist() == [2] * 9
 
 

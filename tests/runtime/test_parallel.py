@@ -19,7 +19,7 @@ from mimo_qat.checkpoint.layout import Geometry, read_json
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime.cli import main
 from mimo_runtime.engine import Engine
-from mimo_runtime.load import LoadConfig, load_drafter, load_target
+from mimo_runtime.load import LoadConfig, Moe, load_drafter, load_target
 from mimo_runtime.parallel import Ranks, checksum, connect, place
 from mimo_runtime.shards import Shards, check_target, fused_rows
 
@@ -73,14 +73,16 @@ def assert_shares_are_the_model(parts, whole) -> None:
             assert (mine.geometry.heads, mine.geometry.kv_heads) == (len(heads), len(groups))
             assert a.sink is None or torch.equal(mine.sink, a.sink[list(heads)])
             assert torch.equal(p.layers[i].input_norm, layer.input_norm)
-        if layer.mlp.down.ndim == 2:
-            down, gate_up = 1, 0
-        else:
-            down, gate_up = 2, 1
+        routed = isinstance(layer.mlp, Moe)
+        if routed:
             assert all(torch.equal(p.layers[i].mlp.router, layer.mlp.router) for p in parts)
-        along(down, lambda t, i=i: t.layers[i].mlp.down)
+
+        def matrices(t, i=i, routed=routed):
+            return t.layers[i].mlp.experts if routed else t.layers[i].mlp
+
+        along(1 + routed, lambda t, of=matrices: of(t).down)
         for half in range(2):
-            along(gate_up, lambda t, i=i, d=gate_up, half=half: t.layers[i].mlp.gate_up.chunk(2, d)[half])
+            along(int(routed), lambda t, of=matrices, d=int(routed), half=half: of(t).gate_up.chunk(2, d)[half])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -92,7 +94,7 @@ def test_shares_of_a_release_are_cut_from_what_it_means(release, size):
     reader = Checkpoint(release)
     for i in range(4):
         assert torch.equal(whole.layers[i].attention.qkv, torch.cat(reader.qkv(i, torch.float32)))
-    assert torch.equal(whole.layers[2].mlp.gate_up, reader.experts(2, torch.float32)[0])
+    assert torch.equal(whole.layers[2].mlp.experts.gate_up, reader.experts(2, torch.float32)[0])
     assert torch.equal(whole.layers[0].mlp.down, reader.weight("model.layers.0.mlp.down_proj", torch.float32))
 
 

@@ -1,0 +1,73 @@
+"""Experts that stay MXFP4 codes: what is packed, and that a model decodes the same with them."""
+
+import pytest
+import torch
+
+from mimo_kernels import mxfp4
+from mimo_kernels.moe import PackedExperts, unpack_experts
+from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.engine import Engine
+from mimo_runtime.load import LoadConfig, Moe, PlainExperts, load_target
+from mimo_runtime.model import new_caches, target_forward
+from mimo_runtime.parallel import Ranks
+
+PACKED = LoadConfig("cpu", torch.bfloat16, experts="packed")
+
+
+def routed(target):
+    return [layer.mlp.experts for layer in target.layers if isinstance(layer.mlp, Moe)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_packed_shares_are_the_stored_codes(release, size):
+    """Decoded again, the packed share of each rank is its part of the values that the file means."""
+    reader = Checkpoint(release)
+    first = next(i for i, layer in enumerate(reader.geometry.layers) if layer.moe)
+    gate_up, down = reader.experts(first, torch.float32)
+    for rank in range(size):
+        target = load_target(release, LoadConfig("cpu", torch.bfloat16, experts="packed", ranks=Ranks(rank, size)))
+        codes = unpack_experts(routed(target)[0])
+        inner = down.shape[2] // size
+        mine = slice(rank * inner, (rank + 1) * inner)
+        halves = torch.cat([half[:, mine] for half in gate_up.chunk(2, dim=1)], dim=1)
+        assert torch.equal(mxfp4.decode(codes.gate_up, codes.gate_up_scales, torch.float32), halves)
+        assert torch.equal(mxfp4.decode(codes.down, codes.down_scales, torch.float32), down[:, :, mine])
+
+
+def test_rounding_to_nearest_packs_what_it_would_have_shown(reference):
+    plain = load_target(reference, LoadConfig("cpu", torch.bfloat16, rtn="even"))
+    packed = load_target(reference, LoadConfig("cpu", torch.bfloat16, rtn="even", experts="packed"))
+    for values, experts in zip(routed(plain), routed(packed), strict=True):
+        codes = unpack_experts(experts)
+        assert torch.equal(mxfp4.decode(codes.gate_up, codes.gate_up_scales), values.gate_up)
+        assert torch.equal(mxfp4.decode(codes.down, codes.down_scales), values.down)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_a_forward_pass_with_packed_experts_is_that_with_plain_ones(release, rows):
+    """Up to where the two round: 21 rows are more than the kernels take at a time."""
+    ids = torch.randint(0, 500, (rows,), generator=torch.Generator().manual_seed(rows))
+    logits = {}
+    for kind in ("plain", "packed"):
+        target = load_target(release, LoadConfig("cpu", torch.bfloat16, experts=kind))
+        assert isinstance(routed(target)[0], PackedExperts if kind == "packed" else PlainExperts)
+        logits[kind] = target_forward(target, new_caches(target, 64, 32), ids, 0)[0]
+    error = (logits["packed"] - logits["plain"]).norm() / logits["plain"].norm()
+    assert 0 < error < 0.02
+
+
+def test_drafts_change_no_token_of_packed_experts(release):
+    engine = Engine(release, EngineConfig(device="cpu", experts="packed", max_len=128))
+    sampling = SamplingConfig(max_new_tokens=24, stop_token_ids=(-1,))
+    plain = engine.generate([3, 1, 4, 1, 5], sampling, speculate=False).tokens
+    assert engine.generate([3, 1, 4, 1, 5], sampling).tokens == plain
+    forced = engine.generate([3, 1, 4, 1, 5], sampling, forced_acceptance=[3, 4])
+    assert forced.tokens == plain and any(r.accepted > 2 for r in forced.rounds)
+
+
+def test_what_cannot_be_packed_is_refused_or_left_plain(release, reference):
+    for folder, dtype in ((reference, torch.bfloat16), (release, torch.float32)):
+        with pytest.raises(ValueError, match="needs MXFP4 experts and dtype bfloat16"):
+            load_target(folder, LoadConfig("cpu", dtype, experts="packed"))
+        assert isinstance(routed(load_target(folder, LoadConfig("cpu", dtype, experts="auto")))[0], PlainExperts)
