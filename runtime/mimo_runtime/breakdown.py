@@ -141,8 +141,8 @@ def broken_down(
     rows = 1 + max(r.drafted for r in generation.rounds)
     context = len(ids) + statistics.fmean(_starts(generation))
     with chosen_experts(engine) as notes:
-        engine.generate(ids, sampling, **way)
-    distinct = distinct_experts(notes, rounds)
+        counted = engine.generate(ids, sampling, **way)
+    distinct = distinct_experts(notes, len(counted.rounds))
     read = target_bytes(engine.target, distinct, rows, context)
     if drafter is not None:
         read["drafter"] = drafter_bytes(engine.target, drafter, context)

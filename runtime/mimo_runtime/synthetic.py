@@ -27,7 +27,7 @@ from mimo_qat.checkpoint.layout import (
     read_json,
     target_tensors,
 )
-from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_qat.checkpoint.reader import Checkpoint, drafter_folder, read_draft_config
 from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
@@ -62,12 +62,29 @@ def model_config(model: str, layers: int | None) -> dict[str, Any]:
     return config | lists | {"num_hidden_layers": layers}
 
 
+def drafter_config(cfg: BenchConfig, config: dict[str, Any]) -> dict[str, Any] | None:
+    """config.json of the drafter that `cfg` asks for: the folder's own, the one beside a synthetic model's config.json,
+    or the published one for `config`; None for none."""
+    if cfg.drafter is None:
+        return None
+    if cfg.drafter != "auto":
+        return read_draft_config(drafter_folder(cfg.drafter) / "config.json")
+    model = cfg.synthetic or cfg.folder
+    if model not in PUBLISHED and cfg.layers is None:
+        assert model is not None
+        path = Path(model)
+        beside = (path if path.is_dir() else path.parent) / "dflash" / "config.json"
+        if beside.is_file():
+            return read_draft_config(beside)
+    return default_drafter_config(config) if cfg.synthetic else None
+
+
 class RandomTensors:
     """Values of tensors that exist in no file; on the meta device only their shapes.
 
     A matrix is T[a(row) + b(column)], of a table T of 2^20 standard normal numbers and two sequences of random keys,
     which start where the tensor's name says: an addition and a look-up a value. The scale is 1 / sqrt(columns), and 1
-    for an embedding. Norms are 1, router biases 0.
+    for embeddings and sinks. Norms are 1, router biases 0.
     """
 
     def __init__(self, device: str | torch.device):
@@ -84,7 +101,7 @@ class RandomTensors:
         out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out
-        scale = 1.0 if "embed" in spec.name else spec.shape[-1] ** -0.5
+        scale = 1.0 if "embed" in spec.name or len(spec.shape) == 1 else spec.shape[-1] ** -0.5
         if (scale, dtype) not in self.scaled:
             self.scaled[scale, dtype] = (self.table * scale).to(dtype)
         table = self.scaled[scale, dtype]
@@ -124,13 +141,14 @@ class RandomCheckpoint(Checkpoint):
         return self.tensors.box(self.specs[name], rows, columns)
 
 
-def random_model(config: dict[str, Any], load: LoadConfig, draft: bool = True) -> tuple[Target, Drafter | None]:
-    """A rank's share of a random target and of a drafter of the published geometry; meta tensors on that device."""
+def random_model(
+    config: dict[str, Any], draft_config: dict[str, Any] | None, load: LoadConfig
+) -> tuple[Target, Drafter | None]:
+    """A rank's share of a random target and of its drafter, if it has one; on the meta device without values."""
     tensors = RandomTensors(load.device)
     target = target_of(Shards(RandomCheckpoint(config, tensors), load.ranks), load, ())
-    if not draft:
+    if draft_config is None:
         return target, None
-    draft_config = default_drafter_config(config)
     specs = drafter_tensors(draft_config)
     d = DraftGeometry.from_config(draft_config)
     mask = tensors.whole(TensorSpec("mask_embedding", "BF16", (1, d.hidden_size), ""))[0]
@@ -156,16 +174,21 @@ def uniform(target: Target) -> Target:
 
 
 class SyntheticEngine(Engine):
-    """An engine of a configuration, with random weights; it never stops before its budget."""
+    """An engine of two configurations, with random weights; it never stops before its budget."""
 
-    def __init__(self, config: dict[str, Any], cfg: EngineConfig, *, uniform_routing: bool = False):
-        if cfg.drafter not in ("auto", None):
-            raise ValueError(f"drafter is {cfg.drafter}; a synthetic model takes auto, or null for none")
-        self.config, self.uniform_routing = config, uniform_routing
+    def __init__(
+        self,
+        config: dict[str, Any],
+        draft_config: dict[str, Any] | None,
+        cfg: EngineConfig,
+        *,
+        uniform_routing: bool = False,
+    ):
+        self.config, self.draft_config, self.uniform_routing = config, draft_config, uniform_routing
         super().__init__("", cfg)
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
-        target, drafter = random_model(self.config, load, self.cfg.drafter is not None)
+        target, drafter = random_model(self.config, self.draft_config, load)
         return uniform(target) if self.uniform_routing else target, drafter
 
 
@@ -194,26 +217,25 @@ def _tensors(thing: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(getattr(thing, field.name))
 
 
-def memory(config: dict[str, Any], size: int, cfg: EngineConfig) -> dict[str, Any]:
+def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: int, cfg: EngineConfig) -> dict[str, Any]:
     """Bytes of one of `size` ranks, all alike: {"experts", "spine", "drafter", "workspace", "kv": {context: bytes}}.
 
     Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
     the estimate of `mimo-qat plan --runtime`.
     """
     load = LoadConfig("meta", DTYPES[cfg.dtype], ranks=Ranks(0, size))
-    target, drafter = random_model(config, load, cfg.drafter is not None)
+    target, drafter = random_model(config, draft_config, load)
     experts = [(m.gate_up, m.down) for m in (layer.mlp for layer in target.layers) if isinstance(m, Moe)]
     rows = max(drafter.block if drafter else BLOCK, cfg.tree_budget + 1)
     kv = {}
     for context in CONTEXTS:
         draft_caches = new_draft_caches(drafter, context) if drafter else []
         kv[str(context)] = allocated([*new_caches(target, context, rows), *draft_caches])
-    d = DraftGeometry.from_config(default_drafter_config(config))
     return {
         "experts": allocated(experts),
         "spine": allocated(target) - allocated(experts),
         "drafter": allocated(drafter),
-        "workspace": workspace_bytes(target.geometry, d, size, cfg.prefill_chunk),
+        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk),
         "kv": kv,
     }
 
@@ -222,7 +244,8 @@ def dry_run(cfg: BenchConfig) -> dict[str, Any]:
     """Prints what each rank would hold, and returns it; nothing is allocated."""
     model = cfg.synthetic or cfg.folder
     assert model is not None
-    found = memory(model_config(model, cfg.layers), cfg.ranks, cfg)
+    config = model_config(model, cfg.layers)
+    found = memory(config, drafter_config(cfg, config), cfg.ranks, cfg)
     print(f"{described(cfg, model)} on {cfg.ranks} ranks, {cfg.dtype}, bytes a rank, one sequence")
     parts = ("experts", "spine", "drafter", "workspace")
     for name in parts:
