@@ -78,7 +78,8 @@ class Engine:
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device
-        self.lap: Callable[[str], None] = lambda phase: None  # called at the end of each phase of a round
+        # Called at the begin of a round and after its draft, verify and accept, for measurements.
+        self.mark: Callable[[str], None] = lambda point: None
         self.block = self.drafter.block if self.drafter else BLOCK
         # One row is computed as a block of equal rows: the same bytes, the same time, and the bits of verification, so
         # that the drafter changes no token by a rounding (measured: all bits equal on an H200 and on a CPU with AMX).
@@ -130,8 +131,9 @@ class Engine:
         tree_taps = torch.empty(0)
 
         def propose(anchor: int, start: int) -> Tree:
+            self.mark("begin")
             drafts = self._draft(drafter, anchor, start, sampling, budget) if drafter else chain_tree([])
-            self.lap("draft")
+            self.mark("draft")
             return forced(anchor, start) if forced else drafts
 
         def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
@@ -140,14 +142,14 @@ class Engine:
                 logits, tree_taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
             else:
                 logits = self._pass("chain" if drafter else "plain", partial(self._advance, drafter), rows, start)
-            self.lap("verify")
+            self.mark("verify")
             return logits
 
         def commit(path: list[int], start: int) -> None:
-            self.lap("accept")
             if budget and drafter:
                 keep_rows(self.caches, path, start)
                 draft_context(drafter, self.draft_caches, tree_taps[path], start)
+            self.mark("accept")
 
         out, began = Generation(), time.perf_counter()
         logits = self._prefill(prompt_ids, drafter)
@@ -158,7 +160,6 @@ class Engine:
         if on_tokens:
             on_tokens([first])
         room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
-        self.lap("prefill")
         began = time.perf_counter()
         for r in decode(verify, propose, first, len(prompt_ids), room, sampling, commit):
             out.rounds.append(r)
@@ -167,7 +168,6 @@ class Engine:
             out.round_seconds.append(time.perf_counter() - began)
             if on_tokens:
                 on_tokens(r.tokens)
-            self.lap("rest")
             began = time.perf_counter()
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out

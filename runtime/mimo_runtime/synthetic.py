@@ -160,7 +160,7 @@ def uniform(target: Target) -> Target:
     """`target` with routers that choose by position: any k experts of E are equally likely, each token anew.
 
     The biases are random orders of the experts, two apart, which no sigmoid score overturns: everything that a router
-    computes is still computed.
+    computes is still computed. Drafts of a tree that stand at one position choose alike.
     """
     layers = []
     for i, layer in enumerate(target.layers):

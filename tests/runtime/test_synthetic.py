@@ -18,12 +18,14 @@ from mimo_qat.checkpoint.layout import TensorSpec, default_drafter_config, draft
 from mimo_qat.plan_runtime import runtime_bytes
 from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import (
-    Laps,
+    POINTS,
+    Marks,
     broken_down,
     chosen_experts,
     distinct_experts,
     drafter_bytes,
     expected_distinct,
+    phases_ms,
     target_bytes,
 )
 from mimo_runtime.cli import main
@@ -315,18 +317,23 @@ def test_bytes_of_a_round_by_hand(tiny_config):
     assert all(parts[0][k] + parts[1][k] == by_hand[k] + router * (k == "dense") for k in by_hand)
 
 
-def test_laps_by_hand(monkeypatch):
-    """The clock is a list: an earlier generation is forgotten at the next prefill, phases go to their rounds."""
-    times = iter([0.0, 1, 2, 3, 4, 10, 12, 15, 19, 24, 25, 26, 27, 30])
+def test_phases_by_hand(monkeypatch):
+    """The clock is a list; the first tokens are the prefill's, and what no phase took is the rest."""
+    times = iter([9.0, 9, 9, 9, 10, 12, 15, 19, 20, 21, 23, 24])
     monkeypatch.setattr("mimo_runtime.breakdown.time.perf_counter", lambda: next(times))
-    laps, once = Laps(torch.device("cpu")), ("draft", "verify", "accept", "rest")
-    for phase in ("prefill", *once, "prefill", *once, *once):
-        laps(phase)
-    assert laps.rounds == [
-        {"draft": 2, "verify": 3, "accept": 4, "rest": 5},
-        {"draft": 1, "verify": 1, "accept": 1, "rest": 3},
+    marks = Marks(torch.device("cpu"))
+    for point in POINTS:  # of a generation before, whose rounds nobody read
+        marks(point)
+    marks.read([1])
+    for _ in range(2):
+        for point in POINTS:
+            marks(point)
+        marks.read([2, 3])
+    assert marks.rounds == [
+        {"draft": 2000, "verify": 3000, "accept": 4000},
+        {"draft": 1000, "verify": 2000, "accept": 1000},
     ]
-    assert laps.mean_ms() == {"draft": 1500, "verify": 2000, "accept": 2500, "rest": 4000}
+    assert phases_ms(marks.rounds, [10, 5]) == {"draft": 1500, "verify": 2500, "accept": 2500, "rest": 1000}
 
 
 def test_breakdown_of_a_run(tiny_config):
