@@ -3,13 +3,16 @@
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mimo_qat.models.draft_tree import chain_tree
+from mimo_runtime import model
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import Selector
@@ -274,6 +277,58 @@ def test_a_graph_serves_every_prompt_temperature_and_seed(engine, monkeypatch):
     for top_k in range(1, 30):
         engine.generate([9], SamplingConfig(max_new_tokens=2, temperature=1.0, top_k=top_k))
     assert len(engine.rounds.graphs) == MOST_GRAPHS
+
+
+class NothingOfTheHost(TorchDispatchMode):
+    """Fails at an operator that gives a value to the host, or in which a tensor of the host takes part."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert all(t.is_meta for t in tensors), operator
+        self.seen += 1
+        return out
+
+
+def on_meta(x):
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    if type(x) is tuple:
+        return tuple(map(on_meta, x))
+    return replace(x, **{f.name: on_meta(getattr(x, f.name)) for f in fields(x)}) if is_dataclass(x) else x
+
+
+@pytest.mark.parametrize("selector", [False, True], ids=["plain", "selector"])
+def test_a_round_never_comes_to_the_host(engine, monkeypatch, selector):
+    """On tensors without values, which say no number to anyone: a capture would break where this does."""
+
+    def experts(moe, x, ranks):  # what a GPU does; a CPU looks which experts are in use
+        weights, chosen = model.route(moe, x)
+        combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
+        return model.every_expert(moe, x, combine).to(x.dtype)
+
+    if selector:
+        with_selector(engine)
+    drafter, state = on_meta(engine.drafter), engine.state
+    engine.target, engine.device = on_meta(engine.target), torch.device("meta")
+    for thing in (state, *engine.caches, *engine.draft_caches):
+        for name, value in vars(thing).items():
+            setattr(thing, name, on_meta(value))
+    with monkeypatch.context() as patch, NothingOfTheHost() as mode, torch.inference_mode():
+        patch.setattr(model, "moe_mlp", experts)
+        for greedy, top_k, nucleus in ((True, 0, False), (False, 0, False), (False, 20, True), (False, 0, True)):
+            sampler = Sampler(greedy, top_k, nucleus, state.temperature, state.top_p, state.seed)
+            engine._chain_round(None, sampler, False, 1, None)
+            for forced in (False, True):
+                engine._chain_round(drafter, sampler, forced, engine.block, None)
+        assert mode.seen > 1000
+        with pytest.raises((RuntimeError, AssertionError)):
+            state.left.item()
+        with pytest.raises((RuntimeError, AssertionError)):
+            state.position + torch.tensor([1])
 
 
 def test_rounds_ahead_must_be_one_or_more(reference):
