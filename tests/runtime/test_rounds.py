@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimo_qat.models.draft_tree import chain_tree
+from mimo_qat.models.draft_tree import Tree
 from mimo_runtime import model
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
@@ -42,6 +42,10 @@ def drafts_of(table: torch.Tensor, count: int, sampling: SamplingConfig, anchor:
         anchor = int(choose(table[[anchor]], torch.tensor([start + 1 + i]), Sampler.of(sampling))[0])
         drafts.append(anchor)
     return drafts
+
+
+def chain_tree(tokens: list[int]) -> Tree:
+    return Tree(tokens, list(range(len(tokens))), list(range(1, len(tokens) + 1)), [])
 
 
 class Toy:
