@@ -1,9 +1,10 @@
 """Where the time of a decoding round goes, and what it would take if it did nothing but read: the roofline.
 
-The phases come from a run of its own: draft, verify and accept by the clock of the device, and the rest, which is what
-the host adds before it asks for the next round. Experts are counted in a run without CUDA graphs. Bytes are those that
-a round has to read once, of several ranks the share of one: what a kernel reads in vain does not count, so a program
-that computes every expert is measured against those that were chosen.
+The phases come from a run of its own, one round after the other: draft, verify and accept by the clock of the device,
+and the rest, which the host adds before it asks for the next round; in a timed run rounds ahead hide most of the rest.
+Experts are counted in a run without CUDA graphs. Bytes are those that a round has to read once, of several ranks the
+share of one: what a kernel reads in vain does not count, so a program that computes every expert is measured against
+those that were chosen.
 """
 
 import statistics
@@ -19,6 +20,7 @@ import torch
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter, Layer, Moe, Target
+from mimo_runtime.rounds import Rounds
 
 POINTS = ("begin", "draft", "verify", "accept")
 PHASES = (*POINTS[1:], "rest")
@@ -64,18 +66,19 @@ def phases_ms(rounds: list[dict[str, float]], seconds: list[float]) -> dict[str,
 
 @contextmanager
 def marked(engine: Engine) -> Iterator[Marks]:
-    """Inside, `engine` tells the times of its rounds."""
-    before, engine.mark = engine.mark, Marks(engine.device)
+    """Inside, `engine` tells the times of its rounds, which it plays one at a time, as graphs of their own."""
+    before, marks = (engine.mark, engine.rounds), Marks(engine.device)
+    engine.mark, engine.rounds = marks, Rounds(engine.state, 1, engine.cfg.cuda_graphs, engine.ranks)
     try:
-        yield engine.mark
+        yield marks
     finally:
-        engine.mark = before
+        engine.mark, engine.rounds = before
 
 
 @contextmanager
 def chosen_experts(engine: Engine) -> Iterator[list[list[torch.Tensor]]]:
     """Inside, every routed layer of `engine` adds the experts [T, k] of each call to its own list; without graphs."""
-    target, cfg = engine.target, engine.cfg
+    target, cfg, rounds = engine.target, engine.cfg, engine.rounds
     notes: list[list[torch.Tensor]] = []
     layers = []
     for layer in target.layers:
@@ -84,10 +87,11 @@ def chosen_experts(engine: Engine) -> Iterator[list[list[torch.Tensor]]]:
             layer = replace(layer, mlp=replace(layer.mlp, chosen=notes[-1]))
         layers.append(layer)
     engine.target, engine.cfg = replace(target, layers=tuple(layers)), replace(cfg, cuda_graphs=False)
+    engine.rounds = Rounds(engine.state, 1, False, engine.ranks)  # one at a time: none in vain
     try:
         yield notes
     finally:
-        engine.target, engine.cfg = target, cfg
+        engine.target, engine.cfg, engine.rounds = target, cfg, rounds
 
 
 def distinct_experts(notes: list[list[torch.Tensor]], rounds: int) -> list[float]:
