@@ -200,21 +200,22 @@ def random_prompts(vocab_size: int, length: int, count: int, seed: int) -> list[
 
 def allocated(thing: Any) -> int:
     """Bytes of the storages under all tensors of `thing` (dataclasses, caches, sequences), each counted once."""
-    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(thing)}
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(thing)}
     return sum(found.values())
 
 
-def _tensors(thing: Any) -> Iterator[torch.Tensor]:
+def tensors_of(thing: Any) -> Iterator[torch.Tensor]:
+    """All tensors of dataclasses, caches and sequences, in their order."""
     if isinstance(thing, torch.Tensor):
         yield thing
     elif isinstance(thing, RingCache):
         yield from (thing.k, thing.v)
     elif isinstance(thing, list | tuple):
         for part in thing:
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif is_dataclass(thing):
         for field in fields(thing):
-            yield from _tensors(getattr(thing, field.name))
+            yield from tensors_of(getattr(thing, field.name))
 
 
 def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: int, cfg: EngineConfig) -> dict[str, Any]:
