@@ -11,7 +11,7 @@ from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import broken_down, chosen_experts, marked
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.load import LoadConfig, Moe
-from mimo_runtime.synthetic import SyntheticEngine, tensors_of, memory, random_model, random_prompts, uniform
+from mimo_runtime.synthetic import SyntheticEngine, memory, random_model, random_prompts, tensors_of, uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
