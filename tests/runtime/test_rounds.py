@@ -309,8 +309,8 @@ def on_meta(x):
 def test_a_round_never_comes_to_the_host(engine, monkeypatch, selector):
     """On tensors without values, which say no number to anyone: a capture would break where this does."""
 
-    def experts(moe, x, ranks):  # what a GPU does; a CPU looks which experts are in use
-        weights, chosen = model.route(moe, x)
+    def experts(moe, x, ranks, positions):  # what a GPU does; a CPU looks which experts are in use
+        weights, chosen = model.route(moe, x, positions)
         combine = torch.zeros(len(x), len(moe.gate_up), device=x.device).scatter_(1, chosen, weights)
         return model.every_expert(moe, x, combine).to(x.dtype)
 
