@@ -52,7 +52,7 @@ class Generation:
 
     @property
     def decode_seconds(self) -> float:
-        """Time after the prefill."""
+        """Time from the prefill to the last token, what `on_tokens` took in between included."""
         return sum(self.round_seconds)
 
     @property
@@ -170,10 +170,11 @@ class Engine:
                 out.rounds.append(r)
                 self.ranks.agree(f"round {len(out.rounds)}", r.tokens)
                 out.tokens += r.tokens
-                out.round_seconds.append(time.perf_counter() - began)
+                now = time.perf_counter()
+                out.round_seconds.append(now - began)
+                began = now  # `on_tokens` is part of the next round's time: a GPU goes on with that meanwhile
                 if on_tokens:
                     on_tokens(r.tokens)
-                began = time.perf_counter()
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out
 

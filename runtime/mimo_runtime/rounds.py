@@ -20,6 +20,8 @@ from mimo_runtime.graphs import Graph
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.speculate import Round, Sampler, choose
 
+Step = Callable[[int | None], None]  # plays one round whose anchor is not behind that position, or anywhere for None
+
 MOST_GRAPHS = 16  # kinds of rounds that stay captured; requests choose top_k, which is part of the kind
 
 
@@ -125,13 +127,10 @@ class Rounds:
         self.records = torch.zeros(ahead, len(state.record), dtype=torch.int64, pin_memory=cuda)
         self.events = [torch.cuda.Event() for _ in range(ahead)] if cuda else []
 
-    def run(
-        self, step: Callable[[int | None], None], kind: Hashable, start: int, left: int, rows: int
-    ) -> Iterator[Round]:
+    def run(self, step: Step, kind: Hashable, start: int, left: int, rows: int) -> Iterator[Round]:
         """Yields rounds until `left` tokens are committed or a stop token is. The state has just begun at `start`.
 
-        `step(bound)` plays one round of `rows` rows whose anchor is not behind position `bound`, or anywhere for None;
-        as a graph it is captured once for each `kind`.
+        `step` plays rounds of `rows` rows; as a graph it is captured once for each `kind`.
         """
         if self.graphs is not None:
             step = self._captured(step, kind)
@@ -147,7 +146,7 @@ class Rounds:
             start += kept
             yield Round(own[:kept], rows - 1, accepted, kept < accepted + 1)
 
-    def _enqueue(self, step: Callable[[int | None], None], bound: int, slot: int) -> None:
+    def _enqueue(self, step: Step, bound: int, slot: int) -> None:
         self.ranks.begin_pass()
         step(bound)
         self.records[slot].copy_(self.state.record, non_blocking=True)
@@ -159,7 +158,7 @@ class Rounds:
             self.events[slot].synchronize()
         return self.records[slot].tolist()
 
-    def _captured(self, step: Callable[[int | None], None], kind: Hashable) -> Callable[[int | None], None]:
+    def _captured(self, step: Step, kind: Hashable) -> Step:
         """The graph of a kind of rounds. Capturing plays it with nothing left to come, which changes no number."""
         assert self.graphs is not None
         if kind not in self.graphs:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -232,6 +233,17 @@ def test_a_reader_may_leave_while_rounds_are_ahead(engine):
         engine.generate(PROMPT, sampling, on_tokens=leave)
     assert seen == engine.generate(PROMPT, sampling).tokens[: len(seen)]
     assert engine.generate([9], sampling).tokens == expected
+
+
+def test_the_time_of_a_text_is_the_time_on_the_wall(engine):
+    """What a reader takes counts, because a GPU decodes meanwhile and would seem to need no time at all."""
+    looks_ahead(engine, 4)
+    began = time.perf_counter()
+    out = engine.generate(
+        PROMPT, SamplingConfig(max_new_tokens=9), speculate=False, on_tokens=lambda _: time.sleep(0.02)
+    )
+    wall = time.perf_counter() - began
+    assert len(out.rounds) == 8 and 0.02 * 7 < out.decode_seconds < wall - 0.02 * 2
 
 
 def test_attention_reads_no_more_than_the_sequence(engine):
