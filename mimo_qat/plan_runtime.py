@@ -10,6 +10,7 @@ from typing import Any
 from mimo_qat.checkpoint.geometry import DraftGeometry, Geometry
 from mimo_qat.checkpoint.layout import MX_BLOCK, Experts, Spine, default_drafter_config, drafter_tensors, target_tensors
 
+_BUCKET = 64  # the runtime's caches of whole contexts have a multiple of so many slots
 _REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "e_score_correction_bias", "sink_bias")
 
 
@@ -24,7 +25,8 @@ def runtime_bytes(
     """{"experts", "spine", "drafter", "workspace", "kv": {context: bytes}, "read_per_token"}, each for one rank.
 
     `experts` and `spine` say how the rank keeps its weights in memory. KV is BF16 and one sequence; a sliding-window
-    layer keeps window + block rows. ValueError where the geometry does not divide by `tp`.
+    layer keeps window + block rows, the others whole contexts and a block. ValueError where the geometry does not
+    divide by `tp`.
     """
     g = Geometry.from_config(config)
     draft = default_drafter_config(config)
@@ -53,19 +55,19 @@ def runtime_bytes(
         "experts": routed,
         "spine": rest,
         "drafter": drafter,
-        "workspace": workspace_bytes(g, d, tp, prefill_chunk),
+        "workspace": workspace_bytes(g, d.block_size, tp, prefill_chunk),
         "kv": {str(n): _kv_bytes(g, d, tp, n) for n in contexts},
         # One token alone reads its k experts, the spine without the embedding, and nothing of the drafter.
         "read_per_token": rest - embedding + routed * g.num_experts_per_tok // g.n_routed_experts,
     }
 
 
-def workspace_bytes(g: Geometry, d: DraftGeometry, tp: int, prefill_chunk: int) -> int:
+def workspace_bytes(g: Geometry, verified: int, tp: int, prefill_chunk: int) -> int:
     """Bytes for a prefill chunk (residual stream in float32 twice, k rows of expert input and gate_up) and for the
-    logits of one block: an estimate."""
+    logits of `verified` rows: an estimate."""
     k, inner = g.num_experts_per_tok, g.moe_intermediate_size
     rows = prefill_chunk * (8 * g.hidden_size + k * (2 * g.hidden_size + 6 * inner // tp))
-    return rows + 4 * d.block_size * g.vocab_size
+    return rows + 4 * verified * g.vocab_size
 
 
 def _share(name: str, g: Geometry, tp: int) -> float:
@@ -81,9 +83,11 @@ def _share(name: str, g: Geometry, tp: int) -> float:
 
 
 def _kv_bytes(g: Geometry, d: DraftGeometry, tp: int, context: int) -> int:
-    total = 0
+    block, total = d.block_size, 0
+    whole = -(-(context + block) // _BUCKET) * _BUCKET
     for layer in g.layers:
-        slots = min(context, g.sliding_window + d.block_size) if layer.swa and g.sliding_window else context
+        slots = g.sliding_window + block if layer.swa and g.sliding_window else whole
         total += 2 * math.ceil(layer.kv_heads / tp) * (layer.head_dim + layer.v_head_dim) * slots
-    slots = min(context, d.sliding_window) if d.sliding_window else context
-    return total + d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * (slots + d.block_size)
+    # Of a drafter the committed context, and beside it the block that is being drafted.
+    slots = block + (d.sliding_window + block if d.sliding_window else whole)
+    return total + d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * slots

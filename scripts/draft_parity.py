@@ -59,9 +59,9 @@ def runtime_rounds(engine: Engine, ids: list[int], max_new_tokens: int) -> tuple
     draft = engine._draft
 
     def noted(*args: Any) -> Any:
-        tree = draft(*args)
-        drafts.append(tree.tokens)
-        return tree
+        tokens = draft(*args)
+        drafts.append(tokens.tolist())
+        return tokens
 
     engine._draft = noted  # type: ignore[method-assign]
     try:
@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
     folder = Path(options.folder)
-    engine = Engine(folder, EngineConfig(dtype="float32", max_len=2048))
+    engine = Engine(folder, EngineConfig(dtype="float32", max_len=2048, rounds_ahead=1))
     if engine.drafter is None or engine.drafter.selector is not None:
         parser.error(f"{folder} has no drafter without a selector; give a release with a plain dflash/")
     model = load_model(folder, torch.float32, engine.device)

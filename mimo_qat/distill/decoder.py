@@ -2,8 +2,8 @@
 
 transformers' `generate` joins tensors at every step, waits for the device at every step and keeps finished rows to the
 end of a batch. Here a batch is a table of slots over one preallocated cache: a slot is refilled as soon as its answer
-is found to be finished, a step neither allocates nor waits, and on a GPU it is one CUDA graph. It serves this
-project's own MiMo-V2 class only, and it decodes plainly: no beams, no drafts, no top-k or top-p.
+is found to be finished, a step neither allocates nor waits, and in bfloat16 on a GPU it is one CUDA graph. It serves
+this project's own MiMo-V2 class only, and it decodes plainly: no beams, no drafts, no top-k or top-p.
 
 A token is drawn by inverting the cumulative distribution at one uniform number, which depends on the job's key and
 the position in the answer alone. So an answer does not depend on its neighbours, as far as floating point allows.
@@ -125,7 +125,8 @@ class Decoder:
         self.uniform = zeros(slots, max_new_tokens + 1, dtype=torch.float32)
         self.out = zeros(slots, max_new_tokens + 1, dtype=torch.long)
         self.ends = torch.tensor(list(end_token_ids), dtype=torch.long, device=device)
-        self.cuda_graph = cuda_graph and device.type == "cuda"
+        # In other dtypes F.grouped_mm is a loop over groups whose bounds come to the host, which no capture may do.
+        self.cuda_graph = cuda_graph and device.type == "cuda" and embedding.dtype == torch.bfloat16
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
     # ---- jobs and slots

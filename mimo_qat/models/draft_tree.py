@@ -127,11 +127,6 @@ class Tree:
         return path
 
 
-def chain_tree(tokens: Sequence[int]) -> Tree:
-    """A tree with one branch."""
-    return Tree(list(tokens), list(range(len(tokens))), list(range(1, len(tokens) + 1)), [])
-
-
 def grow_tree(candidates: Candidates, budget: int, width: int | None = None) -> Tree:
     """The `budget` most probable prefixes (fewer where the candidates have no more), most probable first.
 

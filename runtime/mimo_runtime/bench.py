@@ -25,7 +25,7 @@ from mimo_runtime.breakdown import broken_down, plot_breakdown, print_breakdown
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
-from mimo_runtime.synthetic import SyntheticEngine, described, dry_run, model_config, random_prompts
+from mimo_runtime.synthetic import SyntheticEngine, described, drafter_config, dry_run, model_config, random_prompts
 
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}  # logit gap that rounding can turn; 0.25 is two bfloat16 steps at 16..32
 
@@ -233,7 +233,8 @@ def _opened(cfg: BenchConfig) -> tuple[Engine, list[tuple[Prompt, list[int]]]]:
         tokenizer = load_tokenizer(cfg.folder)
         prompts = [(p, encode(tokenizer, p.text, cfg.chat)) for p in load_prompts(cfg.prompts, cfg.limit)]
         return Engine(cfg.folder, cfg), prompts
-    engine = SyntheticEngine(model_config(cfg.synthetic, cfg.layers), cfg, uniform_routing=cfg.uniform_routing)
+    config = model_config(cfg.synthetic, cfg.layers)
+    engine = SyntheticEngine(config, drafter_config(cfg, config), cfg, uniform_routing=cfg.uniform_routing)
     vocab_size = engine.target.geometry.vocab_size
     ids = random_prompts(vocab_size, cfg.prompt_tokens, cfg.limit or SYNTHETIC_PROMPTS, cfg.seed)
     return engine, [(Prompt("", "random"), prompt) for prompt in ids]

@@ -1,9 +1,10 @@
 """Where the time of a decoding round goes, and what it would take if it did nothing but read: the roofline.
 
-The phases come from a run of its own, in which the device is waited for at the end of each, so they add up to a round
-that is a little slower than the timed one. Experts are counted in a run without CUDA graphs. Bytes are those that a
-round has to read once, of several ranks the share of one: what a kernel reads in vain does not count, so a program
-that computes every expert is measured against those that were chosen.
+The phases come from a run of its own, one round after the other: draft, verify and accept by the clock of the device,
+and the rest, which the host adds before it asks for the next round; in a timed run rounds ahead hide most of the rest.
+Experts are counted in a run without CUDA graphs. Bytes are those that a round has to read once, of several ranks the
+share of one: what a kernel reads in vain does not count, so a program that computes every expert is measured against
+those that were chosen.
 """
 
 import statistics
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,37 +20,65 @@ import torch
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter, Layer, Mlp, Moe, Target
+from mimo_runtime.rounds import Rounds
 
-PHASES = ("draft", "verify", "accept", "rest")
+POINTS = ("begin", "draft", "verify", "accept")
+PHASES = (*POINTS[1:], "rest")
 
 
-class Laps:
-    """Called with the name of a phase at its end, keeps the seconds of the phases of each round since the prefill."""
+class Marks:
+    """Takes the time at the begin of each round and after its phases, as `Engine.mark`; `read` is for `on_tokens`.
+
+    A GPU's times are events of its stream, which may be part of a CUDA graph.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.rounds, self.last = device, [], 0.0  # type: torch.device, list[dict[str, float]], float
+        self.device, self.prefilled = device, False
+        self.rounds: list[dict[str, float]] = []
+        self.at: dict[str, Any] = {}
+        if device.type == "cuda":
+            self.at = {point: torch.cuda.Event(enable_timing=True, external=True) for point in POINTS}
 
-    def __call__(self, phase: str) -> None:
+    def __call__(self, point: str) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        if phase == "prefill":
-            self.rounds = []
-        elif phase == PHASES[0]:
-            self.rounds.append(dict.fromkeys(PHASES, 0.0))
-        if self.rounds:
-            self.rounds[-1][phase] += now - self.last
-        self.last = now
+            self.at[point].record(torch.cuda.current_stream(self.device))
+        else:
+            self.at[point] = time.perf_counter()
 
-    def mean_ms(self) -> dict[str, float]:
-        """Milliseconds of each phase, mean over the rounds, so that they add up to a round."""
-        return {phase: 1e3 * statistics.fmean(r[phase] for r in self.rounds) for phase in PHASES}
+    def read(self, tokens: list[int]) -> None:
+        """Keeps the milliseconds of the phases of the round that has ended; the first call ends the prefill."""
+        if self.prefilled:
+            self.rounds.append({b: self._ms(self.at[a], self.at[b]) for a, b in pairwise(POINTS)})
+        self.prefilled = True
+
+    def _ms(self, a: Any, b: Any) -> float:
+        if self.device.type == "cuda":
+            b.synchronize()
+            return a.elapsed_time(b)
+        return 1e3 * (b - a)
+
+
+def phases_ms(rounds: list[dict[str, float]], seconds: list[float]) -> dict[str, float]:
+    """Milliseconds of each phase and of the rest of the rounds' `seconds`: means, so that they add up to a round."""
+    out = {phase: statistics.fmean(r[phase] for r in rounds) for phase in POINTS[1:]}
+    return out | {"rest": 1e3 * statistics.fmean(seconds) - sum(out.values())}
+
+
+@contextmanager
+def marked(engine: Engine) -> Iterator[Marks]:
+    """Inside, `engine` tells the times of its rounds, which it plays one at a time, as graphs of their own."""
+    before, marks = (engine.mark, engine.rounds), Marks(engine.device)
+    engine.mark, engine.rounds = marks, Rounds(engine.state, 1, engine.cfg.cuda_graphs, engine.ranks)
+    try:
+        yield marks
+    finally:
+        engine.mark, engine.rounds = before
 
 
 @contextmanager
 def chosen_experts(engine: Engine) -> Iterator[list[list[torch.Tensor]]]:
     """Inside, every routed layer of `engine` adds the experts [T, k] of each call to its own list; without graphs."""
-    target, cfg = engine.target, engine.cfg
+    target, cfg, rounds = engine.target, engine.cfg, engine.rounds
     notes: list[list[torch.Tensor]] = []
     layers = []
     for layer in target.layers:
@@ -57,10 +87,11 @@ def chosen_experts(engine: Engine) -> Iterator[list[list[torch.Tensor]]]:
             layer = replace(layer, mlp=replace(layer.mlp, chosen=notes[-1]))
         layers.append(layer)
     engine.target, engine.cfg = replace(target, layers=tuple(layers)), replace(cfg, cuda_graphs=False)
+    engine.rounds = Rounds(engine.state, 1, False, engine.ranks)  # one at a time: none in vain
     try:
         yield notes
     finally:
-        engine.target, engine.cfg = target, cfg
+        engine.target, engine.cfg, engine.rounds = target, cfg, rounds
 
 
 def distinct_experts(notes: list[list[torch.Tensor]], rounds: int) -> list[float]:
@@ -132,18 +163,16 @@ def broken_down(
     "distinct_by_layer", "distinct_if_uniform", "bytes", "bytes_per_round", "roofline_ms", "roofline" (share of
     round_ms)}.
     """
-    laps, before = Laps(engine.device), engine.lap
-    engine.lap = laps
-    generation = engine.generate(ids, sampling, **way)
-    engine.lap = before
+    with marked(engine) as marks:
+        generation = engine.generate(ids, sampling, on_tokens=marks.read, **way)
     rounds = len(generation.rounds)
-    assert rounds == len(laps.rounds) > 0
+    assert rounds == len(marks.rounds) > 0
     drafter = engine.drafter if way.get("speculate", True) else None
     rows = 1 + max(r.drafted for r in generation.rounds)
     context = len(ids) + statistics.fmean(_starts(generation))
     with chosen_experts(engine) as notes:
-        engine.generate(ids, sampling, **way)
-    distinct = distinct_experts(notes, rounds)
+        counted = engine.generate(ids, sampling, **way)
+    distinct = distinct_experts(notes, len(counted.rounds))
     read = target_bytes(engine.target, distinct, rows, context)
     if drafter is not None:
         read["drafter"] = drafter_bytes(engine.target, drafter, context)
@@ -155,7 +184,7 @@ def broken_down(
         "rows": rows,
         "context": context,
         "round_ms": round_ms,
-        "phases_ms": laps.mean_ms(),
+        "phases_ms": phases_ms(marks.rounds, generation.round_seconds),
         "distinct_experts": statistics.fmean(distinct) if distinct else None,
         "distinct_by_layer": distinct,
         "distinct_if_uniform": expected_distinct(len(moe.experts.down), moe.top_k, rows) if moe else None,
@@ -180,7 +209,7 @@ def print_breakdown(found: dict[str, dict[str, Any]], ranks: int) -> None:
     each = " a rank" if ranks > 1 else ""
     for way, b in found.items():
         phases = " + ".join(f"{name} {ms:.2f}" for name, ms in b["phases_ms"].items())
-        print(f"{way} round: {b['round_ms']:.2f} ms; with waits after each phase {phases} ms")
+        print(f"{way} round: {b['round_ms']:.2f} ms; {phases} ms")
         parts = " + ".join(f"{name} {size / 1e6:,.1f}" for name, size in b["bytes"].items())
         print(f"  reads{each} {parts} = {b['bytes_per_round'] / 1e6:,.1f} MB at context {b['context']:.0f}: "
               f"roofline {b['roofline_ms']:.2f} ms, {b['roofline']:.0%} of it reached")  # fmt: skip
@@ -207,6 +236,6 @@ def plot_breakdown(found: dict[str, dict[str, Any]], title: str, path: str) -> N
         axes.plot([b["roofline_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2, label=label)
     axes.set_yticks(range(len(found)), [f"{way}\n{b['rows']} rows" for way, b in found.items()])
     axes.invert_yaxis()
-    axes.set(xlabel="ms a round, with waits after each phase", title=title)
+    axes.set(xlabel="ms a round", title=title)
     axes.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)

@@ -9,7 +9,7 @@ Letters: G key-value heads, K query/key head size, V value head size, T new rows
 
 import torch
 
-Position = int | torch.Tensor  # a tensor [] where the call is to become part of a CUDA graph
+Position = int | torch.Tensor  # a tensor [] where the device decides how far a sequence is
 
 BUCKET = 64  # keys are handed out in multiples of this, so that neighbouring steps run kernels of one shape
 
@@ -20,6 +20,8 @@ class RingCache:
     Queries at start..start+block-1 need the keys start-window+1..start+block-1, so a capacity of window + block never
     lets a rejected row overwrite a key that the next round still sees. `scratch` leading slots lie outside of the ring;
     a drafter puts the keys of its own block there, which live for one call.
+
+    A call whose position is a tensor reads all slots, unless `reach` says that it ends before that position.
     """
 
     def __init__(self, shape: tuple[int, int, int], capacity: int, window: int | None, *, block: int, scratch=0, **kw):
@@ -27,6 +29,7 @@ class RingCache:
         heads, k_dim, v_dim = shape
         assert window is None or capacity >= window + block
         self.capacity, self.window, self.block, self.scratch = capacity, window, block, scratch
+        self.reach = capacity
         # Zeros, not garbage: a masked key has weight zero, and zero times NaN is not zero.
         self.k = torch.zeros(heads, scratch + capacity, k_dim, **kw)
         self.v = torch.zeros(heads, scratch + capacity, v_dim, **kw)
@@ -57,10 +60,9 @@ class RingCache:
         self.k[:, place], self.v[:, place] = self.k[:, held], self.v[:, held]
 
     def used(self, end: Position) -> int:
-        """How many ring slots a call that ends before position `end` reads; all where that is not known here."""
-        if isinstance(end, torch.Tensor):
-            return self.capacity
-        return min(self.capacity, -(-end // BUCKET) * BUCKET)
+        """How many ring slots a call that ends before position `end` reads."""
+        most = self.reach if isinstance(end, torch.Tensor) else end
+        return min(self.capacity, -(-most // BUCKET) * BUCKET)
 
     def positions(self, end: Position) -> torch.Tensor:
         """The position [S] that each slot holds once rows 0..end-1 are committed; negative where there is none."""

@@ -16,7 +16,8 @@ USAGE = """usage: mimo-runtime VERB FOLDER [--config FILE.yaml] [--FIELD VALUE .
 
 verbs:
   generate   decode after one prompt, with the release's drafter
-  bench      speed with and without the drafter, acceptance of its drafts
+  bench      speed with and without the drafter, acceptance of its drafts; --synthetic flash instead of FOLDER measures
+             a published geometry without its weights
   quality    a release against its unquantised reference
   serve      an OpenAI-compatible server
 

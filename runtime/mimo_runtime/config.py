@@ -29,7 +29,10 @@ class EngineConfig:
     tree_adaptive: bool = False
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False
-    """replay each decoding pass, with and without a drafter, as one CUDA graph; attention then reads max_len keys"""
+    """replay each round, or of a tree its two passes, as one CUDA graph; attention then reads max_len keys"""
+    rounds_ahead: int = 4
+    """on a GPU: rounds of plain and chain decoding enqueued before the first one's tokens are looked at; after a stop
+    token the others are played in vain"""
     rank_timeout: float = 20.0
     """of several processes: seconds without a sign of a rank, or of its next step, after which the others name it and
     stop"""

@@ -8,15 +8,16 @@ The caches are made once for `max_len` positions and serve every prompt after th
 
 import bisect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mimo_qat.models.draft_tree import Tree, best_prefix, chain_tree, greedy_chain, grow_tree
+from mimo_qat.models.draft_tree import Tree, best_prefix, greedy_chain, grow_tree
 from mimo_runtime.cache import Position
 from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
@@ -32,7 +33,8 @@ from mimo_runtime.model import (
     without_host,
 )
 from mimo_runtime.parallel import connect, place
-from mimo_runtime.speculate import Propose, Round, choose, decode, draft_candidates, forced_drafts
+from mimo_runtime.rounds import Rounds, State, forced_chain, play
+from mimo_runtime.speculate import Round, Sampler, choose, decode, draft_candidates, forced_drafts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
@@ -50,13 +52,32 @@ class Generation:
 
     @property
     def decode_seconds(self) -> float:
-        """Time after the prefill."""
+        """Time from the prefill to the last token, what `on_tokens` took in between included."""
         return sum(self.round_seconds)
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed: tokens after the first, by the time after the prefill."""
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Forced(NamedTuple):
+    """Drafts instead of the drafter's: truth[i] is the token at position `first` + i, and round r has
+    lengths[r % len(lengths)] true drafts."""
+
+    truth: list[int]
+    first: int
+    lengths: list[int]
+
+
+class Job(NamedTuple):
+    """What is to be decoded after a prefill that chose `first`, which stands at position `start`: `room` tokens."""
+
+    first: int
+    start: int
+    room: int
+    sampling: SamplingConfig
+    forced: Forced | None
 
 
 class Engine:
@@ -78,7 +99,8 @@ class Engine:
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device
-        self.lap: Callable[[str], None] = lambda phase: None  # called at the end of each phase of a round
+        # Called at the begin of a round and after its draft, verify and accept, for measurements.
+        self.mark: Callable[[str], None] = lambda point: None
         self.block = self.drafter.block if self.drafter else BLOCK
         # One row is computed as a block of equal rows: the same bytes, the same time, and the bits of verification, so
         # that the drafter changes no token by a rounding (measured: all bits equal on an H200 and on a CPU with AMX).
@@ -89,10 +111,17 @@ class Engine:
             raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
         self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
-        self._graphs: dict[tuple[str, int], Graph] = {}
+        if cfg.rounds_ahead < 1:
+            raise ValueError(f"rounds_ahead is {cfg.rounds_ahead}; use 1, or more to keep a GPU busy")
         if cfg.cuda_graphs:
             self._check_graphs(max(self.block, cfg.tree_budget + 1))
-        self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
+        self.state = State(self.target.geometry.vocab_size, cfg.max_len, self.block, self.device)
+        # A CPU computes when it is asked to, so that rounds ahead would only be late; and ranks compare every round.
+        ahead = 1 if self.device.type == "cpu" or cfg.check_ranks else cfg.rounds_ahead
+        self.rounds = Rounds(self.state, ahead, cfg.cuda_graphs, self.ranks)
+        self._graphs: dict[tuple[str, int], Graph] = {}
+        with self._on_device():
+            self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
         target = load_target(self.folder, load)
@@ -123,61 +152,110 @@ class Engine:
         self._check(prompt_ids, sampling)
         drafter = self.drafter if speculate else None
         budget = self.cfg.tree_budget if drafter and tree else 0
-        forced = None
-        if forced_acceptance is not None:
-            lengths = [forced_acceptance] if isinstance(forced_acceptance, int) else list(forced_acceptance)
-            forced = self._forced(prompt_ids, sampling, lengths, budget)
-        tree_taps = torch.empty(0)
-
-        def propose(anchor: int, start: int) -> Tree:
-            drafts = self._draft(drafter, anchor, start, sampling, budget) if drafter else chain_tree([])
-            self.lap("draft")
-            return forced(anchor, start) if forced else drafts
-
-        def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
-            nonlocal tree_taps
-            if budget:
-                logits, tree_taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
-            else:
-                logits = self._pass("chain" if drafter else "plain", partial(self._advance, drafter), rows, start)
-            self.lap("verify")
-            return logits
-
-        def commit(path: list[int], start: int) -> None:
-            self.lap("accept")
-            if budget and drafter:
-                keep_rows(self.caches, path, start)
-                draft_context(drafter, self.draft_caches, tree_taps[path], start)
-
-        out, began = Generation(), time.perf_counter()
-        logits = self._prefill(prompt_ids, drafter)
-        first = int(choose(logits, torch.tensor([len(prompt_ids)], device=self.device), sampling)[0])
-        self.ranks.agree("the prefill", [first])
-        out.tokens.append(first)
-        out.prefill_seconds = time.perf_counter() - began
-        if on_tokens:
-            on_tokens([first])
-        room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
-        self.lap("prefill")
-        began = time.perf_counter()
-        for r in decode(verify, propose, first, len(prompt_ids), room, sampling, commit):
-            out.rounds.append(r)
-            self.ranks.agree(f"round {len(out.rounds)}", r.tokens)
-            out.tokens += r.tokens
-            out.round_seconds.append(time.perf_counter() - began)
+        forced = None if forced_acceptance is None else self._forced(prompt_ids, sampling, forced_acceptance)
+        with self._on_device():
+            out, began = Generation(), time.perf_counter()
+            logits = self._prefill(prompt_ids, drafter)
+            sampler, start = Sampler.of(sampling, self.device), len(prompt_ids)
+            first = int(choose(logits, torch.tensor([start], device=self.device), sampler)[0])
+            self.ranks.agree("the prefill", [first])
+            out.tokens.append(first)
+            out.prefill_seconds = time.perf_counter() - began
             if on_tokens:
-                on_tokens(r.tokens)
-            self.lap("rest")
+                on_tokens([first])
+            room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
+            job = Job(first, start, room, sampling, forced)
             began = time.perf_counter()
+            for r in self._trees(job, drafter, budget) if drafter and budget else self._chains(job, drafter):
+                out.rounds.append(r)
+                self.ranks.agree(f"round {len(out.rounds)}", r.tokens)
+                out.tokens += r.tokens
+                now = time.perf_counter()
+                out.round_seconds.append(now - began)
+                began = now  # `on_tokens` is part of the next round's time: a GPU goes on with that meanwhile
+                if on_tokens:
+                    on_tokens(r.tokens)
         out.finish = "stop" if out.tokens[-1] in sampling.stop_token_ids else "length"
         return out
 
-    def _forced(self, prompt_ids: list[int], sampling: SamplingConfig, lengths: list[int], budget: int) -> Propose:
-        """The model's own next tokens as drafts; with a `budget` about so many nodes, most of them wrong siblings."""
-        truth = self.generate(prompt_ids, sampling, speculate=False).tokens
-        siblings = max(0, budget // (self.block - 1) - 1)
-        vocab_size = self.target.geometry.vocab_size
-        return forced_drafts(truth, len(prompt_ids), lengths, self.block, vocab_size, siblings)
+    def _forced(self, prompt_ids: list[int], sampling: SamplingConfig, lengths: int | list[int]) -> Forced:
+        """The model's own next tokens, to be drafted."""
+        lengths = [lengths] if isinstance(lengths, int) else lengths
+        if not lengths or min(lengths) < 0:
+            raise ValueError(f"forced_acceptance is {lengths}; give numbers of accepted drafts, 0 to {self.block - 1}")
+        return Forced(self.generate(prompt_ids, sampling, speculate=False).tokens, len(prompt_ids), lengths)
+
+    def _chains(self, job: Job, drafter: Drafter | None) -> Iterator[Round]:
+        """Rounds of the device: chains of the drafter's or of forced drafts; without either, one token a round."""
+        forced = job.forced is not None
+        if job.forced:
+            self.state.force(*job.forced)
+        sampler = self.state.begin(job.first, job.start, job.sampling)
+        rows = self.block if drafter or forced else 1
+        step = partial(self._chain_round, drafter, sampler, forced, rows)
+        kind = (drafter is not None, forced, sampler.greedy, sampler.top_k, sampler.nucleus)
+        return self.rounds.run(step, kind, job.start, job.room, rows)
+
+    def _chain_round(
+        self, drafter: Drafter | None, sampler: Sampler, forced: bool, rows: int, bound: int | None
+    ) -> None:
+        """One round on `state`, whose anchor is not behind position `bound` (None: anywhere)."""
+        for cache in self.caches:
+            cache.reach = cache.capacity if bound is None else bound + rows
+        for cache in self.draft_caches:
+            cache.reach = cache.capacity if bound is None else bound
+
+        def draft() -> torch.Tensor:
+            self.mark("begin")
+            drafts = self._draft(drafter, sampler) if drafter else self.state.anchor[:0]
+            drafts = forced_chain(self.state, rows - 1) if forced else drafts
+            self.mark("draft")
+            return drafts
+
+        def verify(ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            logits = self._advance(drafter, ids, position)
+            self.mark("verify")
+            return logits
+
+        play(self.state, draft, verify, sampler)
+        self.mark("accept")
+
+    def _draft(self, drafter: Drafter, sampler: Sampler) -> torch.Tensor:
+        """The drafter's tokens [block - 1] after the anchor: the best of each slot, or the selector's chain."""
+        anchor, start = self.state.anchor, self.state.position
+        hidden, logits = draft_forward(self.target, drafter, self.draft_caches, anchor, start)
+        if drafter.selector is None:
+            return choose(logits, start + 1 + torch.arange(len(logits), device=self.device), sampler)
+        return greedy_chain(draft_candidates(drafter.selector, hidden, logits, anchor[0], start, sampler))
+
+    def _trees(self, job: Job, drafter: Drafter, budget: int) -> Iterator[Round]:
+        """Rounds of trees of `budget` drafts, which the host grows and walks."""
+        sampler = Sampler.of(job.sampling, self.device)
+        forced, taps = None, torch.empty(0)
+        if job.forced:  # about so many nodes, most of them wrong siblings
+            siblings = max(0, budget // (self.block - 1) - 1)
+            forced = forced_drafts(*job.forced, self.block, self.target.geometry.vocab_size, siblings)
+
+        def propose(anchor: int, start: int) -> Tree:
+            self.mark("begin")
+            drafts = self._draft_tree(drafter, anchor, start, sampler, budget)
+            drafts = forced(anchor, start) if forced else drafts
+            self.mark("draft")
+            return drafts
+
+        def verify(rows: list[int], drafts: Tree, start: int) -> torch.Tensor:
+            nonlocal taps
+            logits, taps = self._pass("tree", self._verify_tree, rows, start, *tree_rows(drafts, self.device))
+            self.mark("verify")
+            return logits
+
+        def commit(path: list[int], start: int) -> None:
+            keep_rows(self.caches, path, start)
+            draft_context(drafter, self.draft_caches, taps[path], start)
+            self.mark("accept")
+
+        stops = job.sampling.stop_token_ids
+        return decode(verify, propose, job.first, job.start, job.room, sampler, stops, commit)
 
     @torch.inference_mode()
     def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:
@@ -232,17 +310,12 @@ class Engine:
         taps_of, rows = self.drafter.taps, (depths, ancestors)
         return target_forward(self.target, self.caches, ids, start, taps=taps_of, tree=rows)
 
-    def _draft(self, drafter: Drafter, anchor: int, start: int, sampling: SamplingConfig, budget: int) -> Tree:
-        """The drafts after `anchor`: a tree of `budget` nodes, or with budget 0 the chain of the best tokens."""
+    def _draft_tree(self, drafter: Drafter, anchor: int, start: int, sampler: Sampler, budget: int) -> Tree:
+        """The tree of at most `budget` drafts after `anchor`."""
         run = partial(draft_forward, self.target, drafter, self.draft_caches)
         hidden, logits = self._pass("draft", run, [anchor], start)
-        if not budget and drafter.selector is None:
-            positions = torch.arange(start + 1, start + self.block, device=self.device)
-            return chain_tree(choose(logits, positions, sampling).tolist())
         after = torch.tensor(anchor, device=self.device)
-        candidates = draft_candidates(drafter.selector, hidden, logits, after, start, sampling).cpu()
-        if not budget:
-            return chain_tree(greedy_chain(candidates).tolist())
+        candidates = draft_candidates(drafter.selector, hidden, logits, after, start, sampler).cpu()
         tree = grow_tree(candidates, budget)
         return best_prefix(tree, self._seconds) if self._seconds else tree
 
@@ -271,6 +344,10 @@ class Engine:
         own = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         seconds = self.ranks.gather(own[:, None]).amax(-1).tolist()
         return lambda n: seconds[bisect.bisect_left(sizes, n)]
+
+    def _on_device(self) -> AbstractContextManager:
+        """Graphs, streams and events are made on the current device of the thread, whatever the tensors' is."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self.device)

@@ -10,10 +10,11 @@ class Graph:
     """`function(*inputs)` captured once on its first inputs; a call copies new values in and replays it.
 
     The function may write caches, but it must not wait for the device, and what it returns is overwritten by the next
-    call. It runs twice before the capture, with the same inputs: its writes have to be idempotent.
+    call. It runs twice before the capture, with the same inputs: its writes have to be idempotent. Graphs that return
+    nothing and never run at once may share the memory `pool` of one of them.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]):
+    def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], pool: Any = None):
         self.inputs = tuple(t.clone() for t in inputs)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -22,7 +23,7 @@ class Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:

@@ -228,7 +228,7 @@ def embed(target: Target, tokens: torch.Tensor) -> torch.Tensor:
         return target.embed[tokens]
     place = tokens - ranks.rank * len(target.embed)
     mine = (place >= 0) & (place < len(target.embed))
-    return ranks.sum(target.embed[place.where(mine, 0)].masked_fill(~mine[:, None], 0))
+    return ranks.sum(target.embed[place.masked_fill(~mine, 0)].masked_fill(~mine[:, None], 0))
 
 
 def target_forward(

@@ -7,7 +7,7 @@ The drafter chooses with the same noise, which makes it agree more often than it
 arXiv 2408.07978, "drafter-invariant speculative decoding").
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from mimo_qat.models.draft_tree import (
     Candidates,
     Tree,
-    chain_tree,
     marginal_candidates,
     top_candidates,
     transition_scores,
 )
+from mimo_runtime.cache import Position
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.load import Selector
 
@@ -42,40 +42,59 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
-def gumbel_noise(seed: int, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Float32 Gumbel noise [R, n] of token ids [R or 1, n] at absolute positions [R].
+class Sampler(NamedTuple):
+    """A `SamplingConfig` on a device: what decides which kernels run as Python values, every other number as a tensor,
+    so that one CUDA graph serves all temperatures and seeds."""
+
+    greedy: bool
+    top_k: int  # 0 is all
+    nucleus: bool  # whether top_p filters
+    temperature: torch.Tensor  # [] float32
+    top_p: torch.Tensor  # [] float32
+    seed: torch.Tensor  # [] int64
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, device: torch.device | str = "cpu") -> "Sampler":
+        """The sampler of these settings."""
+        temperature, top_p = (torch.tensor(x, device=device) for x in (float(sampling.temperature), sampling.top_p))
+        seed = torch.tensor(_signed(sampling.seed), device=device)
+        if sampling.temperature == 0:
+            return cls(True, 0, False, temperature, top_p, seed)
+        return cls(False, sampling.top_k, sampling.top_p < 1, temperature, top_p, seed)
+
+
+def gumbel_noise(seed: int | torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Float32 Gumbel noise [R, n] for a `seed` of int64, of token ids [R or 1, n] at absolute positions [R].
 
     A counter-based hash of (seed, position, id): no state, no order, any subset of the vocabulary alone. It is
     -log(E) with E = -log(1 - u) and u of 53 bits, so that the rare large values keep their resolution.
     """
-    key = _mix(positions.long() * _signed(_STEP) + _signed(seed))[:, None]
+    key = _mix(positions.long() * _signed(_STEP) + seed)[:, None]
     bits = (_mix(key + (ids.long() + 1) * _signed(_STEP)) >> 11) & (2**53 - 1)
     u = ((bits.double() + 0.5) * 2.0**-53).float().clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
 
 
-def scored(
-    logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def scored(logits: torch.Tensor, positions: torch.Tensor, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores [R, m], token ids [R or 1, m]) above temperature 0: the highest score is the choice at a position."""
-    values = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        values, ids = values.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p < 1:
+    values = logits.float() / sampler.temperature
+    if 0 < sampler.top_k < logits.shape[-1]:
+        values, ids = values.topk(sampler.top_k, dim=-1)
+    elif sampler.nucleus:
         values, ids = values.sort(dim=-1, descending=True, stable=True)
     else:
         ids = torch.arange(logits.shape[-1], device=logits.device)[None]
-    if sampling.top_p < 1:  # a token stays if those before it do not reach top_p yet
+    if sampler.nucleus:  # a token stays if those before it do not reach top_p yet
         p = values.softmax(-1)
-        values = values.masked_fill(p.cumsum(-1) - p >= sampling.top_p, float("-inf"))
-    return values + gumbel_noise(sampling.seed, positions, ids), ids
+        values = values.masked_fill(p.cumsum(-1) - p >= sampler.top_p, float("-inf"))
+    return values + gumbel_noise(sampler.seed, positions, ids), ids
 
 
-def choose(logits: torch.Tensor, positions: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+def choose(logits: torch.Tensor, positions: torch.Tensor, sampler: Sampler) -> torch.Tensor:
     """The token [R] for each row of logits [R, n], row r standing at position positions[r]."""
-    if sampling.temperature == 0:
+    if sampler.greedy:
         return logits.argmax(-1)
-    values, ids = scored(logits, positions, sampling)
+    values, ids = scored(logits, positions, sampler)
     return ids.expand(values.shape).gather(1, values.argmax(-1, keepdim=True))[:, 0]
 
 
@@ -84,8 +103,8 @@ def draft_candidates(
     hidden: torch.Tensor,
     logits: torch.Tensor,
     anchor: torch.Tensor,
-    start: int,
-    sampling: SamplingConfig,
+    start: Position,
+    sampler: Sampler,
 ) -> Candidates:
     """Candidates of the slots after `anchor` [] at position `start`, from hidden [D, H] and logits [D, V].
 
@@ -94,10 +113,10 @@ def draft_candidates(
     uncertain about the choice, once its noise is known, is how far the target's logits are from the drafter's.
     """
     scores, ids = logits, None
-    if sampling.temperature > 0:
-        positions = torch.arange(start + 1, start + 1 + len(logits), device=logits.device)
-        scores, ids = scored(logits, positions, sampling)
-        scores = scores * sampling.temperature
+    if not sampler.greedy:
+        positions = start + 1 + torch.arange(len(logits), device=logits.device)
+        scores, ids = scored(logits, positions, sampler)
+        scores = scores * sampler.temperature
     if selector is None:
         return marginal_candidates(scores, ids=ids)
     ids, unary = top_candidates(scores, selector.top_k, ids)
@@ -127,25 +146,27 @@ def decode(
     anchor: int,
     start: int,
     budget: int,
-    sampling: SamplingConfig,
+    sampler: Sampler,
+    stop_token_ids: Sequence[int] = (),
     commit: Commit = lambda path, start: None,
 ) -> Iterator[Round]:
-    """Yields rounds until a stop token or `budget` tokens; `anchor` is the last committed token, at position `start`.
+    """Yields rounds of trees until a stop token or `budget` tokens; `anchor` is the last committed token, at `start`.
 
-    A round verifies [anchor, drafts...] in one target call. A row at depth d gives the target's own token at position
-    start + d + 1 after the row's prefix; the walk goes down while a child is that token, and the first that no child
-    is ends it. All nodes of a depth share one position, hence one noise: the text is that of plain decoding.
+    The host grows trees and walks them; chains are left to the device, see `rounds`. A round verifies [anchor,
+    drafts...] in one target call. A row at depth d gives the target's own token at position start + d + 1 after the
+    row's prefix; the walk goes down while a child is that token, and the first that no child is ends it. All nodes of
+    a depth share one position, hence one noise: the text is that of plain decoding.
     """
     stopped = False
     while budget > 0 and not stopped:
         tree = propose(anchor, start)
         logits = verify([anchor, *tree.tokens], tree, start)
         positions = torch.tensor([start + 1 + depth for depth in (0, *tree.depths)], device=logits.device)
-        own = choose(logits, positions, sampling).tolist()
+        own = choose(logits, positions, sampler).tolist()
         path = tree.walk(own)
         commit(path, start)
         tokens = [own[row] for row in path]
-        stop = next((i for i, t in enumerate(tokens) if t in sampling.stop_token_ids), budget)
+        stop = next((i for i, t in enumerate(tokens) if t in stop_token_ids), budget)
         kept = tokens[: min(stop + 1, budget)]
         yield Round(kept, len(tree), len(path) - 1, len(kept) < len(tokens))
         start, budget, anchor, stopped = start + len(kept), budget - len(kept), kept[-1], stop < len(kept)
@@ -154,21 +175,19 @@ def decode(
 def forced_drafts(
     truth: list[int], first: int, lengths: list[int], block: int, vocab_size: int, siblings: int = 0
 ) -> Propose:
-    """A proposer whose round r has exactly min(lengths[r % len], block - 1) accepted drafts, for tests and labelled
-    benchmarks: the target's own tokens `truth` (the token at position `first` + i is truth[i]), then wrong ones.
+    """A proposer of trees whose round r has exactly min(lengths[r % len], block - 1) accepted drafts, for tests and
+    labelled benchmarks: the target's own tokens `truth` (that at position `first` + i is truth[i]), then wrong ones.
 
     With `siblings`, each draft comes after so many wrong ones of the same parent: the true path is no prefix of the
     rows then.
     """
-    if not lengths or min(lengths) < 0:
-        raise ValueError(f"forced_acceptance is {lengths}; give numbers of accepted drafts, 0 to {block - 1}")
     rounds = count()
 
     def propose(anchor: int, start: int) -> Tree:
         accept = lengths[next(rounds) % len(lengths)]
         ahead = truth[start + 1 - first :][: block - 1]
         ahead += [anchor] * (block - 1 - len(ahead))
-        tree, parent = chain_tree([]), 0
+        tree, parent = Tree([], [], [], []), 0
         for depth, token in enumerate(ahead, 1):
             right = token if depth <= accept else (token + 1) % vocab_size
             tree.tokens.extend([(token + 2 + i) % vocab_size for i in range(siblings)] + [right])

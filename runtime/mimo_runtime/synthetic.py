@@ -28,7 +28,7 @@ from mimo_qat.checkpoint.layout import (
     read_json,
     target_tensors,
 )
-from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_qat.checkpoint.reader import Checkpoint, drafter_folder, read_draft_config
 from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
@@ -63,12 +63,29 @@ def model_config(model: str, layers: int | None) -> dict[str, Any]:
     return config | lists | {"num_hidden_layers": layers}
 
 
+def drafter_config(cfg: BenchConfig, config: dict[str, Any]) -> dict[str, Any] | None:
+    """config.json of the drafter that `cfg` asks for: the folder's own, the one beside a synthetic model's config.json,
+    or the published one for `config`; None for none."""
+    if cfg.drafter is None:
+        return None
+    if cfg.drafter != "auto":
+        return read_draft_config(drafter_folder(cfg.drafter) / "config.json")
+    model = cfg.synthetic or cfg.folder
+    if model not in PUBLISHED and cfg.layers is None:
+        assert model is not None
+        path = Path(model)
+        beside = (path if path.is_dir() else path.parent) / "dflash" / "config.json"
+        if beside.is_file():
+            return read_draft_config(beside)
+    return default_drafter_config(config) if cfg.synthetic else None
+
+
 class RandomTensors:
     """Values of tensors that exist in no file; on the meta device only their shapes.
 
     A matrix is T[a(row) + b(column)], of a table T of 2^20 standard normal numbers and two sequences of random keys,
     which start where the tensor's name says: an addition and a look-up a value. The scale is 1 / sqrt(columns), and 1
-    for an embedding. Norms are 1, router biases 0.
+    for embeddings and sinks. Norms are 1, router biases 0.
     """
 
     def __init__(self, device: str | torch.device):
@@ -85,7 +102,7 @@ class RandomTensors:
         out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out
-        scale = 1.0 if "embed" in spec.name else spec.shape[-1] ** -0.5
+        scale = 1.0 if "embed" in spec.name or len(spec.shape) == 1 else spec.shape[-1] ** -0.5
         if (scale, dtype) not in self.scaled:
             self.scaled[scale, dtype] = (self.table * scale).to(dtype)
         table = self.scaled[scale, dtype]
@@ -122,8 +139,9 @@ class RandomTensors:
 
 
 def mxfp4_scale_byte(columns: int) -> int:
-    """The E8M0 byte that gives rows of uniform E2M1 codes, whose mean square is 8.56, a norm of about 1."""
-    return 127 + round(-0.5 * math.log2(8.56 * columns))
+    """The lower E8M0 byte that gives rows of uniform E2M1 codes a norm of about 1: their mean square is 8.56, times
+    2.5 because every second scale is twice as large."""
+    return 127 + round(-0.5 * math.log2(8.56 * 2.5 * columns))
 
 
 class RandomCheckpoint(Checkpoint):
@@ -140,13 +158,14 @@ class RandomCheckpoint(Checkpoint):
         return self.tensors.box(self.specs[name], rows, columns)
 
 
-def random_model(config: dict[str, Any], load: LoadConfig, draft: bool = True) -> tuple[Target, Drafter | None]:
-    """A rank's share of a random target and of a drafter of the published geometry; meta tensors on that device."""
+def random_model(
+    config: dict[str, Any], draft_config: dict[str, Any] | None, load: LoadConfig
+) -> tuple[Target, Drafter | None]:
+    """A rank's share of a random target and of its drafter, if it has one; on the meta device without values."""
     tensors = RandomTensors(load.device)
     target = target_of(Shards(RandomCheckpoint(config, tensors), load.ranks), load, ())
-    if not draft:
+    if draft_config is None:
         return target, None
-    draft_config = default_drafter_config(config)
     specs = drafter_tensors(draft_config)
     d = DraftGeometry.from_config(draft_config)
     mask = tensors.whole(TensorSpec("mask_embedding", "BF16", (1, d.hidden_size), ""))[0]
@@ -158,7 +177,7 @@ def uniform(target: Target) -> Target:
     """`target` with routers that choose by position: any k experts of E are equally likely, each token anew.
 
     The biases are random orders of the experts, two apart, which no sigmoid score overturns: everything that a router
-    computes is still computed.
+    computes is still computed. Drafts of a tree that stand at one position choose alike.
     """
     layers = []
     for i, layer in enumerate(target.layers):
@@ -172,16 +191,21 @@ def uniform(target: Target) -> Target:
 
 
 class SyntheticEngine(Engine):
-    """An engine of a configuration, with random weights; it never stops before its budget."""
+    """An engine of two configurations, with random weights; it never stops before its budget."""
 
-    def __init__(self, config: dict[str, Any], cfg: EngineConfig, *, uniform_routing: bool = False):
-        if cfg.drafter not in ("auto", None):
-            raise ValueError(f"drafter is {cfg.drafter}; a synthetic model takes auto, or null for none")
-        self.config, self.uniform_routing = config, uniform_routing
+    def __init__(
+        self,
+        config: dict[str, Any],
+        draft_config: dict[str, Any] | None,
+        cfg: EngineConfig,
+        *,
+        uniform_routing: bool = False,
+    ):
+        self.config, self.draft_config, self.uniform_routing = config, draft_config, uniform_routing
         super().__init__("", cfg)
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
-        target, drafter = random_model(self.config, load, self.cfg.drafter is not None)
+        target, drafter = random_model(self.config, self.draft_config, load)
         return uniform(target) if self.uniform_routing else target, drafter
 
 
@@ -193,24 +217,25 @@ def random_prompts(vocab_size: int, length: int, count: int, seed: int) -> list[
 
 def allocated(thing: Any) -> int:
     """Bytes of the storages under all tensors of `thing` (dataclasses, caches, sequences), each counted once."""
-    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(thing)}
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(thing)}
     return sum(found.values())
 
 
-def _tensors(thing: Any) -> Iterator[torch.Tensor]:
+def tensors_of(thing: Any) -> Iterator[torch.Tensor]:
+    """All tensors of dataclasses, caches and sequences, in their order."""
     if isinstance(thing, torch.Tensor):
         yield thing
     elif isinstance(thing, RingCache):
         yield from (thing.k, thing.v)
     elif isinstance(thing, list | tuple):
         for part in thing:
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif is_dataclass(thing):
         for field in fields(thing):
-            yield from _tensors(getattr(thing, field.name))
+            yield from tensors_of(getattr(thing, field.name))
 
 
-def memory(config: dict[str, Any], size: int, cfg: EngineConfig) -> dict[str, Any]:
+def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: int, cfg: EngineConfig) -> dict[str, Any]:
     """Bytes of one of `size` ranks, all alike: {"experts", "spine", "drafter", "workspace", "kv": {context: bytes}}.
 
     Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
@@ -218,19 +243,18 @@ def memory(config: dict[str, Any], size: int, cfg: EngineConfig) -> dict[str, An
     """
     packed = cfg.experts != "plain" and cfg.dtype == "bfloat16"  # as on the GPUs that this is asked for
     load = LoadConfig("meta", DTYPES[cfg.dtype], experts="packed" if packed else "plain", ranks=Ranks(0, size))
-    target, drafter = random_model(config, load, cfg.drafter is not None)
+    target, drafter = random_model(config, draft_config, load)
     experts = [layer.mlp.experts for layer in target.layers if isinstance(layer.mlp, Moe)]
     rows = max(drafter.block if drafter else BLOCK, cfg.tree_budget + 1)
     kv = {}
     for context in CONTEXTS:
         draft_caches = new_draft_caches(drafter, context) if drafter else []
         kv[str(context)] = allocated([*new_caches(target, context, rows), *draft_caches])
-    d = DraftGeometry.from_config(default_drafter_config(config))
     return {
         "experts": allocated(experts),
         "spine": allocated(target) - allocated(experts),
         "drafter": allocated(drafter),
-        "workspace": workspace_bytes(target.geometry, d, size, cfg.prefill_chunk),
+        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk),
         "kv": kv,
     }
 
@@ -239,7 +263,8 @@ def dry_run(cfg: BenchConfig) -> dict[str, Any]:
     """Prints what each rank would hold, and returns it; nothing is allocated."""
     model = cfg.synthetic or cfg.folder
     assert model is not None
-    found = memory(model_config(model, cfg.layers), cfg.ranks, cfg)
+    config = model_config(model, cfg.layers)
+    found = memory(config, drafter_config(cfg, config), cfg.ranks, cfg)
     print(f"{described(cfg, model)} on {cfg.ranks} ranks, {cfg.dtype}, bytes a rank, one sequence")
     parts = ("experts", "spine", "drafter", "workspace")
     for name in parts:

@@ -8,8 +8,8 @@ import torch
 
 from mimo_qat.models.draft_tree import (
     Candidates,
+    Tree,
     best_prefix,
-    chain_tree,
     greedy_chain,
     grow_tree,
     marginal_candidates,
@@ -116,7 +116,7 @@ def test_walk_and_mask_by_hand():
         [1, 1, 0, 0, 1, 0],
         [1, 0, 1, 0, 0, 1],
     ]
-    assert torch.equal(chain_tree([3, 3, 3]).visible(), torch.ones(4, 4).tril().bool())
+    assert torch.equal(Tree([3, 3, 3], [0, 1, 2], [1, 2, 3], []).visible(), torch.ones(4, 4).tril().bool())
 
 
 @pytest.mark.parametrize("seed", range(4))

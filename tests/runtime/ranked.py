@@ -16,6 +16,7 @@ import torch
 
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
+from mimo_runtime.rounds import Rounds
 
 PROMPT = [(7 * i) % 512 for i in range(20)]  # two prefill chunks
 SAMPLINGS = [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.8, "seed": 4}]
@@ -71,6 +72,10 @@ def main() -> None:
     engine = Engine(job["folder"], settings(drafter=job["drafter"]))
     if job["decode"]:
         report["tokens"] = everything(engine)
+        one = engine.rounds
+        engine.rounds = Rounds(engine.state, 3, False, engine.ranks)  # ahead, as on a GPU
+        report["ahead"] = engine.generate(PROMPT, SamplingConfig(max_new_tokens=20), tree=False).tokens
+        engine.rounds = one
     path = Path(f"{job['report']}-{engine.ranks.rank}.json")
     path.write_text(json.dumps(report))
     report["said"] = misbehave(engine, job["then"])

@@ -1,14 +1,12 @@
 """Losslessness: with any drafter, at any temperature, the tokens are those of plain decoding."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 
-from mimo_qat.models.draft_tree import Tree, chain_tree
 from mimo_runtime.engine import Engine, EngineConfig
-from mimo_runtime.speculate import SamplingConfig, choose, decode, forced_drafts, gumbel_noise
+from mimo_runtime.speculate import Sampler, SamplingConfig, choose, gumbel_noise
 
 PROMPT = [5, 17, 300, 2, 44, 91, 7]
 SAMPLINGS = {
@@ -134,96 +132,17 @@ def test_noise_has_the_gumbel_distribution():
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_a_choice_depends_on_its_position_and_nothing_else(kind):
-    sampling = SamplingConfig(**SAMPLINGS[kind])
+    sampler = Sampler.of(SamplingConfig(**SAMPLINGS[kind]))
     logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
-    block = choose(logits, torch.arange(40, 48), sampling)
+    block = choose(logits, torch.arange(40, 48), sampler)
     for split in (1, 3, 8):
         parts = [
-            choose(logits[i : i + split], torch.arange(40 + i, 40 + min(i + split, 8)), sampling)
+            choose(logits[i : i + split], torch.arange(40 + i, 40 + min(i + split, 8)), sampler)
             for i in range(0, 8, split)
         ]
         assert torch.equal(torch.cat(parts), block)
     if kind != "greedy":
-        assert not torch.equal(choose(logits, torch.arange(50, 58), sampling), block)
-
-
-def chain(vocab: int) -> torch.Tensor:
-    """Logits [vocab, vocab] of a Markov chain: the toy target's row for token t predicts its successor."""
-    return torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(7))
-
-
-def filtered(logits: torch.Tensor, sampling: SamplingConfig) -> list[float]:
-    """Exact probabilities after temperature, top-k, top-p, by sorting in plain Python."""
-    weights = [math.exp(x / sampling.temperature) for x in logits.tolist()]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: sampling.top_k or None]
-    total, kept, mass = sum(weights[i] for i in order), [], 0.0
-    for i in order:
-        if mass >= sampling.top_p * total:
-            break
-        kept.append(i)
-        mass += weights[i]
-    return [weights[i] / mass if i in kept else 0.0 for i in range(len(weights))]
-
-
-@pytest.mark.parametrize("extra", [{}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
-@pytest.mark.parametrize("drafter", ["argmax", "shared noise", "none"])
-def test_two_tokens_have_the_exact_joint_distribution(extra, drafter):
-    """Chi-square over the pairs that two tokens after the anchor form, 3000 seeds, against exact probabilities."""
-    table, runs = chain(8), 3000
-    counts: Counter = Counter()
-    accepted = 0
-    for seed in range(runs):
-        sampling = SamplingConfig(temperature=1.2, seed=seed, **extra)
-
-        def propose(anchor: int, start: int, sampling=sampling) -> Tree:
-            drafts: list[int] = []
-            for i in range(2 if drafter != "none" else 0):
-                how = sampling if drafter == "shared noise" else SamplingConfig()
-                drafts.append(int(choose(table[[anchor]] * 0.7, torch.tensor([start + 1 + i]), how)[0]))
-                anchor = drafts[-1]
-            return chain_tree(drafts)
-
-        rounds = list(decode(lambda rows, tree, start: table[rows], propose, 3, 11, 2, sampling))
-        counts[tuple(t for r in rounds for t in r.tokens)] += 1
-        accepted += rounds[0].accepted
-    first = filtered(table[3], SamplingConfig(temperature=1.2, **extra))
-    chi, cells, rest = 0.0, 0, [0.0, 0]
-    for a in range(8):
-        second = filtered(table[a], SamplingConfig(temperature=1.2, **extra))
-        for b in range(8):
-            expected = runs * first[a] * second[b]
-            assert expected > 0 or not counts[a, b]
-            if expected < 5:
-                rest[0] += expected
-                rest[1] += counts[a, b]
-            else:
-                chi, cells = chi + (counts[a, b] - expected) ** 2 / expected, cells + 1
-    if rest[0] > 5:
-        chi, cells = chi + (rest[1] - rest[0]) ** 2 / rest[0], cells + 1
-    assert chi < cells - 1 + 3.5 * math.sqrt(2 * (cells - 1)), f"chi-square {chi:.1f} with {cells} cells"
-    assert (accepted > 0) == (drafter != "none")
-
-
-def test_a_perfect_drafter_is_always_right_at_any_temperature():
-    table, sampling = chain(50), SamplingConfig(temperature=1.5, seed=8)
-
-    def propose(anchor: int, start: int) -> Tree:
-        drafts = []
-        for i in range(7):
-            anchor = int(choose(table[[anchor]], torch.tensor([start + 1 + i]), sampling)[0])
-            drafts.append(anchor)
-        return chain_tree(drafts)
-
-    rounds = list(decode(lambda rows, tree, start: table[rows], propose, 3, 11, 80, sampling))
-    assert [r.accepted for r in rounds] == [7] * 10 and not any(r.cut for r in rounds)
-
-
-def test_a_round_that_is_cut_says_so():
-    target = lambda rows, tree, start: torch.eye(40)[[(t + 1) % 40 for t in rows]]  # noqa: E731  counts upwards
-    truth = list(range(4, 40))
-    rounds = list(decode(target, forced_drafts(truth, 11, [3, 0], 8, 40), 3, 10, 7, SamplingConfig()))
-    assert [r.tokens for r in rounds] == [[4, 5, 6, 7], [8], [9, 10]]
-    assert [r.cut for r in rounds] == [False, False, True] and [r.accepted for r in rounds] == [3, 0, 3]
+        assert not torch.equal(choose(logits, torch.arange(50, 58), sampler), block)
 
 
 @pytest.mark.parametrize(

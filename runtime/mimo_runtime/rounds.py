@@ -1,0 +1,170 @@
+"""A decoding round as one program of the device: draft, verify, accept and advance, without a word from the host.
+
+All that changes from round to round is in the tensors of a `State`. So a round has no argument and no result, a CUDA
+graph of it can be replayed any number of times, and the host enqueues rounds ahead of the one whose tokens it reads.
+Once a stop token or the budget has set `left` to 0, a further round commits nothing: its rows lie behind the committed
+length, where the caches do not look, and no number moves. Plain decoding is the same with a block of one row.
+
+Everything here has fixed shapes and waits for nothing. On a CPU, and where graphs are off, the same functions run
+eagerly.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+
+import torch
+
+from mimo_runtime.config import SamplingConfig
+from mimo_runtime.graphs import Graph
+from mimo_runtime.parallel import Ranks
+from mimo_runtime.speculate import Round, Sampler, choose
+
+Step = Callable[[int | None], None]  # plays one round whose anchor is not behind that position, or anywhere for None
+
+MOST_GRAPHS = 16  # kinds of rounds that stay captured; requests choose top_k, which is part of the kind
+
+
+class State:
+    """One sequence between two rounds, in tensors at fixed addresses that a round reads and changes. Integers, int64.
+
+    anchor [1]: the last committed token, whose keys and values are not stored yet; position []: where it stands;
+    left []: tokens that may still come, 0 when the text has ended; turn []: rounds that committed a token; stops
+    [vocabulary] bool: tokens that end the text.
+    record [3 + block]: what the last round did: tokens committed, drafts accepted, `left` after it, and the target's
+    own token at each row, of which the first ones are those committed.
+    truth [max_len + block + 1] and accept [max_len + 1], for forced acceptance: the token at each position (-1 where it
+    is not known) and the drafts to accept in each round.
+    """
+
+    def __init__(self, vocab_size: int, max_len: int, block: int, device: torch.device | str = "cpu"):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.anchor, self.position, self.left, self.turn = zeros(1), zeros(), zeros(), zeros()
+        self.stops, self.record = zeros(vocab_size, dtype=torch.bool), zeros(3 + block)
+        self.truth, self.accept = zeros(max_len + block + 1), zeros(max_len + 1)
+        self.temperature, self.top_p = zeros(dtype=torch.float32), zeros(dtype=torch.float32)
+        self.seed = zeros()
+
+    def begin(self, anchor: int, position: int, sampling: SamplingConfig) -> Sampler:
+        """The state after a prefill whose choice was `anchor`, with nothing left to come yet; the sampler's numbers
+        are tensors of this state."""
+        device, vocab_size = self.anchor.device, len(self.stops)
+        self.anchor.fill_(anchor)
+        self.position.fill_(position)
+        self.left.zero_()
+        self.turn.zero_()
+        self.stops.zero_()
+        stops = [token for token in sampling.stop_token_ids if 0 <= token < vocab_size]
+        self.stops[torch.tensor(stops, dtype=torch.int64, device=device)] = True
+        new = Sampler.of(sampling, device)
+        self.temperature.copy_(new.temperature)
+        self.top_p.copy_(new.top_p)
+        self.seed.copy_(new.seed)
+        return new._replace(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+    def force(self, truth: list[int], first: int, lengths: list[int]) -> None:
+        """Sets what `forced_chain` drafts: truth[i] is the token at position `first` + i, and round r has
+        lengths[r % len(lengths)] true drafts."""
+        device, rounds = self.accept.device, len(self.accept)
+        self.truth.fill_(-1)
+        self.truth[first : first + len(truth)] = torch.tensor(truth, device=device)
+        self.accept.copy_(torch.tensor(lengths, device=device).repeat(-(-rounds // len(lengths)))[:rounds])
+
+
+def forced_chain(state: State, count: int) -> torch.Tensor:
+    """Drafts [count] of which exactly so many are right as `State.force` asks for; the others are the next ids."""
+    slots = torch.arange(count, device=state.anchor.device)
+    ahead = state.truth[state.position + 1 + slots]
+    ahead = torch.where(ahead < 0, state.anchor, ahead)
+    accept = state.accept.gather(0, state.turn[None])
+    return torch.where(slots < accept, ahead, (ahead + 1) % len(state.stops))
+
+
+def commit(state: State, drafts: torch.Tensor, own: torch.Tensor) -> None:
+    """Advances `state` by the drafts [D] that are the target's own tokens `own` [D + 1], and by the one after them.
+
+    `own[i]` is the target's token after the anchor and i drafts. A stop token or the budget may end the round earlier.
+    """
+    rows = torch.arange(len(own), device=own.device)
+    accepted = (drafts == own[:-1]).long().cumprod(0).sum()
+    stop = rows.masked_fill(~state.stops[own], len(own)).amin()
+    kept = torch.minimum(torch.minimum(accepted, stop) + 1, state.left)
+    state.left.copy_((state.left - kept).masked_fill(stop < kept, 0))
+    last = own.gather(0, (kept - 1).clamp(min=0)[None])
+    state.anchor.copy_(torch.where(kept > 0, last, state.anchor))
+    state.position += kept
+    state.turn += kept > 0
+    state.record[: 3 + len(own)] = torch.cat((torch.stack((kept, accepted, state.left)), own))
+
+
+def play(
+    state: State,
+    draft: Callable[[], torch.Tensor],
+    verify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sampler: Sampler,
+) -> None:
+    """One round: `draft()` gives tokens [D] after the anchor, `verify(rows [D + 1], position [])` the target's logits
+    [D + 1, vocabulary] after each of [anchor, drafts...]."""
+    drafts = draft()
+    rows = torch.cat((state.anchor, drafts))
+    positions = state.position + 1 + torch.arange(len(rows), device=rows.device)
+    commit(state, drafts, choose(verify(rows, state.position), positions, sampler))
+
+
+class Rounds:
+    """Plays rounds on one `state`, `ahead` of them at most before it looks at what the first one did.
+
+    Records come through pinned memory, copied by the stream that plays the rounds, each with an event: the host waits
+    for the round that it reads and for nothing else. Every rank reads the same records, so all enqueue alike.
+    """
+
+    def __init__(self, state: State, ahead: int, graphs: bool, ranks: Ranks):
+        self.state, self.ahead, self.ranks = state, ahead, ranks
+        self.graphs: dict[Hashable, Graph] | None = {} if graphs else None
+        cuda = state.record.is_cuda
+        self.records = torch.zeros(ahead, len(state.record), dtype=torch.int64, pin_memory=cuda)
+        self.events = [torch.cuda.Event() for _ in range(ahead)] if cuda else []
+
+    def run(self, step: Step, kind: Hashable, start: int, left: int, rows: int) -> Iterator[Round]:
+        """Yields rounds until `left` tokens are committed or a stop token is. The state has just begun at `start`.
+
+        `step` plays rounds of `rows` rows; as a graph it is captured once for each `kind`.
+        """
+        if self.graphs is not None:
+            step = self._captured(step, kind)
+        self.state.left.fill_(left)
+        waiting: deque[int] = deque()  # slots of rounds that were enqueued and not read
+        enqueued = 0
+        while left:
+            while len(waiting) < min(self.ahead, left):  # each commits a token or ends the text
+                slot, enqueued = enqueued % self.ahead, enqueued + 1
+                self._enqueue(step, start + len(waiting) * rows, slot)
+                waiting.append(slot)
+            kept, accepted, left, *own = self._read(waiting.popleft())
+            start += kept
+            yield Round(own[:kept], rows - 1, accepted, kept < accepted + 1)
+
+    def _enqueue(self, step: Step, bound: int, slot: int) -> None:
+        self.ranks.begin_pass()
+        step(bound)
+        self.records[slot].copy_(self.state.record, non_blocking=True)
+        if self.events:
+            self.events[slot].record()
+
+    def _read(self, slot: int) -> list[int]:
+        if self.events:
+            self.events[slot].synchronize()
+        return self.records[slot].tolist()
+
+    def _captured(self, step: Step, kind: Hashable) -> Step:
+        """The graph of a kind of rounds. Capturing plays it with nothing left to come, which changes no number."""
+        assert self.graphs is not None
+        if kind not in self.graphs:
+            pool = next((g.graph.pool() for g in self.graphs.values()), None)
+            self.graphs[kind] = Graph(partial(step, None), (), pool)
+            if len(self.graphs) > MOST_GRAPHS:  # the capture has waited for the device: no replay of it is under way
+                del self.graphs[next(iter(self.graphs))]
+        graph = self.graphs[kind]
+        return lambda bound: graph()

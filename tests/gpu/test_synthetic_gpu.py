@@ -1,0 +1,61 @@
+"""Synthetic models on a GPU: the values of the CPU, the memory that was promised, and phases measured inside graphs."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mimo_qat.checkpoint.layout import default_drafter_config
+from mimo_runtime.bench import ways
+from mimo_runtime.breakdown import broken_down, chosen_experts, marked
+from mimo_runtime.config import BenchConfig
+from mimo_runtime.load import LoadConfig, Moe
+from mimo_runtime.synthetic import SyntheticEngine, memory, random_model, random_prompts, tensors_of, uniform
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_a_gpu_fills_in_the_values_of_the_cpu(tiny_config):
+    """Bits of every tensor, and the order of experts of every position."""
+    draft_config = default_drafter_config(tiny_config)
+    cpu, gpu = (random_model(tiny_config, draft_config, LoadConfig(device)) for device in ("cpu", "cuda"))
+    pairs = list(zip(tensors_of(cpu), tensors_of(gpu), strict=True))
+    assert len(pairs) > 60 and all(torch.equal(a, b.cpu()) for a, b in pairs)
+    for a, b in zip(uniform(cpu[0]).layers, uniform(gpu[0]).layers, strict=True):
+        assert not isinstance(a.mlp, Moe) or torch.equal(a.mlp.bias, b.mlp.bias.cpu())
+
+
+def test_the_allocator_agrees_with_a_dry_run(tiny_config):
+    """To the 512 bytes that each tensor may take more; nothing that was needed on the way stays."""
+    cfg = BenchConfig(synthetic="x")
+    draft_config = default_drafter_config(tiny_config)
+    found = memory(tiny_config, draft_config, 1, cfg)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = random_model(tiny_config, draft_config, LoadConfig("cuda"))
+    gc.collect()
+    held = torch.cuda.memory_allocated() - before
+    promised = found["experts"] + found["spine"] + found["drafter"]
+    assert promised <= held <= promised + 512 * len(list(tensors_of(model)))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_phases_of_a_round(tiny_config, graphs):
+    """Device times are positive, differ from round to round, and leave something for the host."""
+    cfg = BenchConfig(synthetic="x", device="cuda", dtype="float32", max_len=128, max_new_tokens=60, cuda_graphs=graphs)
+    cfg = replace(cfg, tree_budget=12)
+    engine = SyntheticEngine(tiny_config, default_drafter_config(tiny_config), cfg, uniform_routing=True)
+    prompt = random_prompts(512, 20, 1, seed=1)[0]
+    for name, way in ways(engine, cfg).items():
+        timed = engine.generate(prompt, cfg, **way)
+        b = broken_down(engine, prompt, cfg, [timed], 3000.0, **way)
+        assert b["phases_ms"]["verify"] > 0 and b["phases_ms"]["accept"] > 0 and b["phases_ms"]["rest"] > 0
+        assert name == "plain" or b["phases_ms"]["draft"] > 0
+        with marked(engine) as marks:
+            out = engine.generate(prompt, cfg, on_tokens=marks.read, **way)
+        assert out.tokens == timed.tokens and len({r["verify"] for r in marks.rounds}) > 1
+        with chosen_experts(engine) as notes:
+            engine.generate(prompt, cfg, **way)
+        assert all(len(calls) >= len(out.rounds) for calls in notes)
+        assert engine.generate(prompt, cfg, **way).tokens == timed.tokens
