@@ -344,7 +344,7 @@ def _check_codes(codes: torch.Tensor, scales: torch.Tensor, k: int, name: str) -
         )
     if codes.device != scales.device:
         raise ValueError(f"{name}: codes on {codes.device}, scales on {scales.device}; move them to one device")
-    if scales.numel() and bool((scales == NAN_BYTE).any()):
+    if not scales.is_meta and bool((scales == NAN_BYTE).any()):
         raise ValueError(
             f"{name}: scale byte 255 (NaN) in {int((scales == NAN_BYTE).sum())} block(s); "
             "the file is damaged or its scales are not E8M0, convert it again"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import mimo_qat
+from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.folder import TORCH_DTYPES
 from mimo_qat.checkpoint.layout import (
     DraftGeometry,
@@ -94,7 +95,7 @@ class RandomTensors:
             generator = torch.Generator().manual_seed(0)  # of the CPU, so that no GPU makes other numbers
             self.table = torch.randn(_TABLE, generator=generator).to(self.device)
             self.keys = torch.randint(_TABLE, (_KEYS,), generator=generator, dtype=torch.int32).to(self.device)
-        self.scaled: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self.tables: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def box(self, spec: TensorSpec, rows: range, columns: range) -> torch.Tensor:
         """The values [len(rows), len(columns)] of a part of a matrix, in its stored dtype."""
@@ -102,26 +103,30 @@ class RandomTensors:
         out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out
-        scale = 1.0 if "embed" in spec.name or len(spec.shape) == 1 else spec.shape[-1] ** -0.5
-        if (scale, dtype) not in self.scaled:
-            self.scaled[scale, dtype] = (self.table * scale).to(dtype)
-        table = self.scaled[scale, dtype]
+        table, filled = self._table(spec), out.view(torch.uint8) if dtype.itemsize == 1 else out
         down, across = self._keys(spec.name, rows), self._keys("^" + spec.name, columns)
         many = max(1, _PIECE // len(columns))
-        for part, keys in zip(out.split(many), down.split(many), strict=True):
+        for part, keys in zip(filled.split(many), down.split(many), strict=True):
             index = (keys[:, None] + across) & (_TABLE - 1)
             part.copy_(table.index_select(0, index.view(-1)).view(part.shape))
         return out
 
-    def _table(self, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        scale = 1.0 if "embed" in spec.name or len(spec.shape) == 1 else spec.shape[-1] ** -0.5
-        if dtype == torch.uint8:  # MXFP4: two codes a byte, or a scale byte for 32 weights
-            scale = mxfp4_scale_byte(32 * spec.shape[-1]) if spec.name.endswith("_scale") else 0
-        if (scale, dtype) not in self.scaled:
+    def _table(self, spec: TensorSpec) -> torch.Tensor:
+        """What the values of a tensor are chosen from: numbers of its scale and dtype, code bytes or scale bytes."""
+        kind: tuple[Any, ...] = ("values", TORCH_DTYPES[spec.dtype], spec.shape[-1] ** -0.5)
+        if "embed" in spec.name or len(spec.shape) == 1:
+            kind = (*kind[:2], 1.0)
+        if spec.name.endswith(".weight_scale"):
+            kind = ("scales", mxfp4_scale_byte(mxfp4.BLOCK * spec.shape[-1]))
+        elif spec.dtype == "U8":
+            kind = ("codes",)
+        if kind not in self.tables:
             bits = self.table.view(torch.int32)
-            values = self.table * scale if dtype != torch.uint8 else scale + (bits & 1) if scale else bits & 255
-            self.scaled[scale, dtype] = values.to(dtype)
-        return self.scaled[scale, dtype]
+            if kind[0] == "values":
+                self.tables[kind] = (self.table * kind[2]).to(kind[1])
+            else:
+                self.tables[kind] = (bits & 255 if kind[0] == "codes" else kind[1] + (bits & 1)).to(torch.uint8)
+        return self.tables[kind]
 
     def whole(self, spec: TensorSpec) -> torch.Tensor:
         """All values of a tensor of any number of dimensions."""
