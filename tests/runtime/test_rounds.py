@@ -205,13 +205,12 @@ def test_rounds_ahead_change_nothing(engine, kind, selector):
     accepted = set()
     for prompt in (PROMPT, [(7 * i) % 512 for i in range(70)], [9]):
         for how in WAYS:
-            sampling = SamplingConfig(max_new_tokens=60, **SAMPLINGS[kind])
+            sampling = SamplingConfig(max_new_tokens=45, **SAMPLINGS[kind])
             full = engine.generate(prompt, sampling, **how)
             stopping = replace(sampling, stop_token_ids=(full.tokens[21],))
             expected = [full.rounds, engine.generate(prompt, stopping, **how).rounds]
-            for ahead in (2, 5):
-                looks_ahead(engine, ahead)
-                assert [engine.generate(prompt, s, **how).rounds for s in (sampling, stopping)] == expected
+            looks_ahead(engine, 4)
+            assert [engine.generate(prompt, s, **how).rounds for s in (sampling, stopping)] == expected
             looks_ahead(engine, 1)
             accepted |= {r.accepted for r in full.rounds}
     assert len(accepted) > (2 if kind == "greedy" else 3)  # a random drafter is never right by itself
@@ -282,7 +281,7 @@ def test_a_graph_serves_every_prompt_temperature_and_seed(engine, monkeypatch):
     monkeypatch.setattr("mimo_runtime.rounds.Graph", Replayed)
     Replayed.made.clear()
     many = [
-        SamplingConfig(max_new_tokens=30, temperature=t, seed=s, top_p=p)
+        SamplingConfig(max_new_tokens=20, temperature=t, seed=s, top_p=p)
         for t, s, p in ((0.0, 0, 1.0), (1.5, 3, 1.0), (2.5, 4, 1.0), (2.0, 4, 0.9), (1.0, 9, 0.5))
     ]
     prompts = (PROMPT, [9])
