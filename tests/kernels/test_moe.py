@@ -323,10 +323,14 @@ needs_tools = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="no triton packa
 @outside
 @needs_tools
 @pytest.mark.parametrize(("product", "tokens", "bound"), [
-    ("gate_up", 8, 2.75), ("down", 8, 2.9), ("gate_up", 16, 3.15), ("down", 16, 3.45),
+    ("gate_up", 8, 3.35), ("down", 8, 3.6), ("gate_up", 16, 3.35), ("down", 16, 3.75),
 ])  # fmt: skip
 def test_instructions_a_weight(kernels, product, tokens, bound):
-    """Of the tiles that run on MiMo-V2.5 at TP 4. An H200 at full memory speed has time for about 4.1."""
+    """Of the tiles that run on MiMo-V2.5 at TP 4. An H200 at full memory speed has time for about 4.1.
+
+    Triton 3.9 multiplies 64 rows by four warps with WGMMA; triton 3.6 does so for 16 tokens only and needs up to 0.35
+    fewer. Two warps take 2.7, and were slower on an H200.
+    """
     config = kernels.config_for(4096, 512)
     words = {"W": "*i16", "S": "*u8", "LIST": "*i16"}
     if product == "gate_up":
