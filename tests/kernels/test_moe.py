@@ -5,25 +5,24 @@ interpreter truncates when it converts to BF16 and multiplies in float32; the co
 tests/gpu/test_moe_gpu.py.
 """
 
-import importlib.metadata
-import importlib.util
 import itertools
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from mimo_kernels import moe, mxfp4
+from tests.kernels.triton_tools import (
+    compile_for_sm90,
+    inside,
+    main_loop,
+    needs_tools,
+    outside,
+    pass_in_the_interpreter,
+    spills,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_kernels_in_the_interpreter")
-outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter process")
 FIELDS = ("gate_up", "gate_up_scales", "down", "down_scales")
 
 
@@ -161,19 +160,7 @@ def test_refusals():
 
 @outside
 def test_kernels_in_the_interpreter():
-    """Triton reads the variable when it is first imported, so the kernels get a process of their own."""
-    triton = pytest.importorskip("triton")
-    numpy = importlib.metadata.version("numpy")
-    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
-        pytest.skip(f"the interpreter of triton 3.6 cannot loop up to a loaded value with numpy {numpy}; 2.3 works")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0 and "20 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    pass_in_the_interpreter(__file__, 20)
 
 
 @pytest.fixture(scope="module")
@@ -281,44 +268,6 @@ def test_prepare(kernels, tokens, top_k, pool):
 
 # ---- the machine code, ahead of time and without a GPU
 
-TRITON = importlib.util.find_spec("triton")
-CUOBJDUMP = Path(TRITON.origin).parent / "backends/nvidia/bin/cuobjdump" if TRITON else Path("cuobjdump")
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
-
-
-def compile_for_sm90(kernel, pointers, constants, warps, stages):
-    """(machine instructions as (address, opcode, arguments), registers a thread) of a kernel for an H100 or H200."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {n: pointers.get(n) or ("constexpr" if n in constants else "i32") for n in names}
-    # Tensors start at multiples of 16 bytes. Without that promise Triton would load bytes, and the counts mean nothing.
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        listing, usage = (
-            subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-sass", "-res-usage")
-        )
-    code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(listing)]
-    return code, int(re.search(r"REG:(\d+)", usage).group(1))
-
-
-def main_loop(code):
-    """Opcodes of the smallest loop (a branch back) that multiplies matrices."""
-    jumps = [(int(re.search(r"0x([0-9a-f]+)", rest).group(1), 16), at) for at, op, rest in code if op == "BRA"]
-    bodies = ([op for at, op, _ in code if first <= at <= last] for first, last in jumps if first < last)
-    return min((b for b in bodies if any("MMA.16816" in op or "GMMA" in op for op in b)), key=len)
-
-
-needs_tools = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="no triton package with cuobjdump")
-
 
 @outside
 @needs_tools
@@ -340,10 +289,10 @@ def test_instructions_a_weight(kernels, product, tokens, bound):
         kernel, tile, shape = kernels._down_kernel, config.down, {"K": 512, "ROWS": 4096}
         pointers = words | {"OUT": "*fp32", "HIDDEN": "*bf16", "COMBINE": "*fp32"}
     constants = shape | {"BM": tile.rows, "BN": tokens, "BK": tile.k, "PTX": True}
-    code, registers = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
+    code, registers, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
     loop = main_loop(code)
     assert len(loop) * tile.warps * 32 / (tile.rows * tile.k) <= bound
-    assert not [op for _, op, _ in code if op.startswith(("LDL", "STL"))]
+    assert not spills(code)
     assert registers <= (128 if tokens == 8 else 168)
     # Weights are copied 16 bytes at a time, and a step waits for its own copies only: those of later steps go on.
     per_thread = tile.rows * tile.k // 2 // (tile.warps * 32)
@@ -369,8 +318,8 @@ def test_everything_compiles(kernels, tokens):
         (kernels._sum_kernel, {"OUT": "*bf16", "PARTS": "*fp32"}, {"COUNT": 8, "N": 256}),
     ):
         constants = constants | {k: v for k, v in ones.items() if k in kernel.arg_names}
-        code, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
-        assert not [op for _, op, _ in code if op.startswith(("LDL", "STL"))]
+        code, _, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
+        assert not spills(code)
 
 
 # ---- the benchmark
