@@ -343,8 +343,13 @@ def down(
         t.rows, n, t.k, out.is_cuda, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if count > 1:
-        _sum_kernel[(triton.cdiv(out.numel(), _COLUMNS),)](out, parts, out.numel(), count, _COLUMNS)
+        sum_parts(out, parts)
     return out
+
+
+def sum_parts(out: torch.Tensor, parts: torch.Tensor) -> None:
+    """out bfloat16 [...] <- the sum of parts float32 [count, ...] in ascending order, both contiguous."""
+    _sum_kernel[(triton.cdiv(out.numel(), _COLUMNS),)](out, parts, out.numel(), len(parts), _COLUMNS)
 
 
 def moe(
