@@ -334,13 +334,24 @@ def test_bench_without_a_gpu(capsys):
     bench.main([str(config), "--shape", "6144", "2048", "384", "8", "--tp", "4", "8", "--bandwidth", "4000"])
     *text, last = capsys.readouterr().out.splitlines()
     document = json.loads(last)
-    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 20
-    rows = {(r["model"], r["tp"], r["operator"], r["experts"]): r for r in document["rows"]}
+    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 36
+    rows = {(r["model"], r["tp"], r["operator"], r.get("experts", r.get("context"))): r for r in document["rows"]}
     flash = rows["mimo-v2.5", 4, "moe", 57]
     assert flash["bytes"] == 57 * 3 * 4096 * 512 * 17 // 32 and flash["floor_us"] == round(flash["bytes"] / 4e6, 2)
     assert rows["6144x2048x384top8", 8, "moe", 60]["bytes"] == 60 * 3 * 6144 * 256 * 17 // 32
     assert rows["mimo-v2.5", 4, "encode even", 16]["bytes"] == 16 * 1024 * 4096 * 145 // 32
+    # 16 query heads on one key-value head, and on two in a window; at TP 8 several ranks hold the same one
+    assert rows["mimo-v2.5", 4, "attention full", 8192]["bytes"] == 8200 * 640
+    assert rows["mimo-v2.5", 8, "attention full", 512]["bytes"] == 520 * 640
+    assert rows["mimo-v2.5", 4, "attention window", 8192]["bytes"] == 2 * 135 * 640
+    assert rows["mimo-v2.5", 4, "linear qkv full fp8", None]["bytes"] == 3392 * 4096 + 53 * 32 * 4
+    assert rows["mimo-v2.5", 4, "linear qkv window fp8", None]["bytes"] == 3712 * 4096 + 58 * 32 * 4
+    assert rows["mimo-v2.5", 8, "linear o bf16", None]["bytes"] == 2 * 4096 * 1024
+    assert rows["mimo-v2.5", 4, "linear head bf16", None]["bytes"] == 2 * 38144 * 4096
     for bad in (["--tp", "3"], ["--tokens", "17"], ["--distinct", "65"]):
         with pytest.raises(SystemExit):
             bench.main([str(config), *bad])
     assert "touch 8 to 64 experts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--shape", "6144", "2048", "384", "8", "--only", "linear"])
+    assert "give a config.json" in capsys.readouterr().err
