@@ -46,9 +46,9 @@ def reference(
     """`dtype` [T, N, V] of q [T, N, K], keys [G, S, K], values [G, S, V], start [] and sink [N]; see `attention`."""
     (rows, heads, _), (groups, slots, _) = q.shape, keys.shape
     seen = visible(start, rows, slots, window, tree)
-    used = seen.any(0)  # what nobody sees may be NaN
     q = q.to(dtype).view(rows, groups, heads // groups, -1)
-    keys, values = (torch.where(used[:, None], x, 0).to(dtype) for x in (keys, values))
+    used = seen.any(0)[:, None]  # beyond what is stored there may be NaN
+    keys, values = (torch.where(used, x, 0).to(dtype) for x in (keys, values))
     logits = torch.einsum("tghk,gsk->tghs", q, keys) * scale
     logits = logits.masked_fill(~seen[:, None, None, :], float("-inf"))
     if sink is not None:
@@ -91,8 +91,8 @@ def attention(
     `start` int32 or int64 [] is the number of committed rows; rows start to start + T - 1 are already in the cache.
     `window` counts the row itself and needs S >= window - 1 + T; without one S >= start + T, which is not checked on a
     GPU, where nothing waits for the host. `sink` float32 [N]. Cache and q may be views whose last two dimensions are
-    contiguous. ValueError for shapes and dtypes, and on a GPU for a K that is not one or two powers of two from 16 on,
-    or a V that is not one.
+    contiguous. A ring that is not full must be finite all the same: weight zero times NaN is NaN. ValueError for shapes
+    and dtypes, and on a GPU for a K that is not one or two powers of two from 16 on, or a V that is not one.
     """
     _check(q, keys, values, start, window, sink, tree)
     if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9:

@@ -6,7 +6,7 @@
 
 The M side of the matrix products is all query rows of all query heads of a group, padded to 64, which is the M of
 WGMMA, or to multiples of 128 where there are more: then every key is read from memory once for both halves. Key size
-192 is 128 + 64, two products into one accumulator. A masked key has weight zero exactly, whatever lies in its slot.
+192 is 128 + 64, two products into one accumulator. A masked key has weight zero exactly.
 
 The grid follows from the capacity alone. The split size starts at one block of keys and doubles until `splits` of them
 cover the rows that are stored, so that short and long contexts both use the whole GPU; splits beyond exit at once.
@@ -59,12 +59,12 @@ def _split_size(stored, SPLITS: tl.constexpr, BN: tl.constexpr, DOUBLINGS: tl.co
 
 
 @triton.jit
-def _scores(q, q_tail, at, held, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """[BM, BN] products with the keys of HEAD + TAIL elements at the pointers `at` [BN]; 0 for those not held."""
-    keys = tl.load(at[:, None] + tl.arange(0, HEAD)[None, :], mask=held[:, None], other=0.0)
+def _scores(q, q_tail, at, inside, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """[BM, BN] products with the keys of HEAD + TAIL elements at the pointers `at` [BN]; 0 for those not `inside`."""
+    keys = tl.load(at[:, None] + tl.arange(0, HEAD)[None, :], mask=inside[:, None], other=0.0)
     scores = tl.dot(q, tl.trans(keys))
     if TAIL > 0:
-        tail = tl.load(at[:, None] + HEAD + tl.arange(0, TAIL)[None, :], mask=held[:, None], other=0.0)
+        tail = tl.load(at[:, None] + HEAD + tl.arange(0, TAIL)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tail, tl.trans(tail), scores)
     return scores
 
@@ -113,57 +113,61 @@ def _attend_kernel(
     if TREE:
         depth = tl.load(DEPTHS + t, mask=real, other=0).to(tl.int32)
         j = tl.arange(0, MAX_TOKENS)
-        inside = real[:, None] & (j < tokens)[None, :]
-        named = tl.load(ANCESTORS + t[:, None] * tokens + j[None, :], mask=inside, other=0)
+        known = real[:, None] & (j < tokens)[None, :]
+        named = tl.load(ANCESTORS + t[:, None] * tokens + j[None, :], mask=known, other=0)
         bits = tl.sum(named.to(tl.int32) << j[None, :], axis=1)
     first = tl.load(START).to(tl.int32)
     last = first + tokens - 1
     newest = last % slots
     stored = tl.minimum(last + 1, slots)
-    size = stored
+    # A short ring is read whole, so that its keys are on their way before START arrives.
+    begin = 0
+    end = slots if WINDOW > 0 else stored
     if SPLITS > 1:
         size = _split_size(stored, SPLITS, BN, DOUBLINGS)
-    if split * size < stored:
-        query = first + depth
-        row = t * heads + head  # of [tokens, N]
-        KEYS += g.to(tl.int64) * k_stride
-        VALUES += g.to(tl.int64) * v_stride
-        d = tl.arange(0, V)
-        top = tl.full((BM,), float("-inf"), tl.float32)
-        weight = tl.zeros((BM,), tl.float32)
-        acc = tl.zeros((BM, V), tl.float32)
-        for begin in range(split * size, tl.minimum(split * size + size, stored), BN):
-            s = begin + tl.arange(0, BN)
-            position = s
-            held = s < stored
-            if WINDOW > 0:
-                position = last - newest + s - tl.where(s > newest, slots, 0)
-                held = held & (position >= 0)
-            logits = _scores(q, q_tail, KEYS + s * K, held, HEAD, TAIL) * scale
-            seen = _seen(position, query, first, bits, WINDOW, TREE) & held[None, :]
-            logits = tl.where(seen, logits, float("-inf"))
-            above = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
-            p = tl.exp2(logits - finite[:, None])
-            decay = tl.exp2(top - finite)
-            weight = weight * decay + tl.sum(p, 1)
-            values = tl.load(VALUES + s[:, None] * V + d[None, :], mask=held[:, None], other=0.0)
-            acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None])
-            top = above
-        if SPLITS == 1:
-            if HAS_SINK:
-                sink = tl.load(SINK + head) * 1.4426950408889634
-                above = tl.maximum(top, sink)
-                decay = tl.where(real, tl.exp2(top - above), 0.0)
-                weight = weight * decay + tl.exp2(sink - above)
-                acc = acc * decay[:, None]
-            out = acc / tl.where(real, weight, 1.0)[:, None]
-            tl.store(OUT + row[:, None] * V + d[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None])
-        else:
-            part = split * tokens * heads + row
-            tl.store(OUT + part[:, None] * V + d[None, :], acc, mask=real[:, None])
-            tl.store(STATS + part, top, mask=real)
-            tl.store(STATS + SPLITS * tokens * heads + part, weight, mask=real)
+        begin = split * size
+        end = tl.minimum(begin + size, stored)
+        if begin >= stored:
+            return
+    query = first + depth
+    row = t * heads + head  # of [tokens, N]
+    KEYS += g.to(tl.int64) * k_stride
+    VALUES += g.to(tl.int64) * v_stride
+    d = tl.arange(0, V)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, V), tl.float32)
+    for block in range(begin, end, BN):
+        s = block + tl.arange(0, BN)
+        inside = s < end
+        position = s
+        if WINDOW > 0:
+            position = last - newest + s - tl.where(s > newest, slots, 0)
+        logits = _scores(q, q_tail, KEYS + s * K, inside, HEAD, TAIL) * scale
+        seen = _seen(position, query, first, bits, WINDOW, TREE) & (inside & (position >= 0))[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+        above = tl.maximum(top, tl.max(logits, 1))
+        finite = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
+        p = tl.exp2(logits - finite[:, None])
+        decay = tl.exp2(top - finite)
+        weight = weight * decay + tl.sum(p, 1)
+        values = tl.load(VALUES + s[:, None] * V + d[None, :], mask=inside[:, None], other=0.0)
+        acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None])
+        top = above
+    if SPLITS == 1:
+        if HAS_SINK:
+            sink = tl.load(SINK + head) * 1.4426950408889634
+            above = tl.maximum(top, sink)
+            decay = tl.exp2(top - above)
+            weight = weight * decay + tl.exp2(sink - above)
+            acc = acc * decay[:, None]
+        out = acc / weight[:, None]
+        tl.store(OUT + row[:, None] * V + d[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None])
+    else:
+        part = split * tokens * heads + row
+        tl.store(OUT + part[:, None] * V + d[None, :], acc, mask=real[:, None])
+        tl.store(STATS + part, top, mask=real)
+        tl.store(STATS + SPLITS * tokens * heads + part, weight, mask=real)
 
 
 @triton.jit
