@@ -39,6 +39,16 @@ class Config:
     splits: int
 
 
+BLOCKS = (  # rows, keys, warps, stages: what `bench --sweep` tries
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (64, 32, 4, 4),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (128, 32, 8, 4),
+)
+
+
 def config_for(query_rows: int, groups: int, slots: int) -> Config:
     """What runs for T * N / G query rows of each of G heads and S slots. A constant of the shape."""
     rows, warps = (64, 4) if query_rows <= 64 or slots <= _ALONE else (128, 8)
@@ -50,12 +60,12 @@ def config_for(query_rows: int, groups: int, slots: int) -> Config:
 
 
 @triton.jit
-def _split_size(stored, SPLITS: tl.constexpr, BN: tl.constexpr, DOUBLINGS: tl.constexpr):
-    """The smallest BN * 2**i of which SPLITS cover `stored` slots, i <= DOUBLINGS."""
-    size = tl.full((), BN, tl.int32)
-    for _ in tl.static_range(DOUBLINGS):
-        size = tl.where(size * SPLITS < stored, size * 2, size)
-    return size
+def _split_size(stored, SPLITS: tl.constexpr, BN: tl.constexpr):
+    """The smallest BN * 2**i of which SPLITS cover `stored` slots; i <= 14, which a block of 64 takes to 2**20 each."""
+    doublings = tl.zeros((), tl.int32)
+    for i in tl.static_range(14):
+        doublings += (SPLITS * BN * 2**i < stored).to(tl.int32)
+    return BN << doublings
 
 
 @triton.jit
@@ -87,7 +97,7 @@ def _attend_kernel(
     q_stride, k_stride, v_stride, slots, tokens, scale,
     GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr, HAS_SINK: tl.constexpr, MAX_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr, DOUBLINGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """OUT [tokens, N, V] of Q [tokens, N, K], or with SPLITS > 1 float32 parts [SPLITS, tokens, N, V] and STATS.
 
@@ -124,7 +134,7 @@ def _attend_kernel(
     begin = 0
     end = slots if WINDOW > 0 else stored
     if SPLITS > 1:
-        size = _split_size(stored, SPLITS, BN, DOUBLINGS)
+        size = _split_size(stored, SPLITS, BN)
         begin = split * size
         end = tl.minimum(begin + size, stored)
         if begin >= stored:
@@ -173,14 +183,13 @@ def _attend_kernel(
 @triton.jit
 def _join_kernel(
     OUT, PARTS, STATS, START, SINK, slots, tokens, heads,
-    V: tl.constexpr, HAS_SINK: tl.constexpr, SPLITS: tl.constexpr, DOUBLINGS: tl.constexpr,
-    BN: tl.constexpr, VB: tl.constexpr,
+    V: tl.constexpr, HAS_SINK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, VB: tl.constexpr,
 ):  # fmt: skip
     """OUT [tokens, heads, V] of what _attend_kernel left; a program has VB elements of a row of a head."""
     row = tl.program_id(0)
     d = tl.program_id(1) * VB + tl.arange(0, VB)
     stored = tl.minimum(tl.load(START).to(tl.int32) + tokens, slots)
-    size = _split_size(stored, SPLITS, BN, DOUBLINGS)
+    size = _split_size(stored, SPLITS, BN)
     split = tl.arange(0, SPLITS)
     used = split * size < stored
     part = split * tokens * heads + row
@@ -221,20 +230,19 @@ def attention(
     if config.splits > 1:
         parts = torch.empty(config.splits, *out.shape, dtype=torch.float32, device=q.device)
         stats = torch.empty(2, config.splits, tokens, heads, dtype=torch.float32, device=q.device)
-    doublings = max(0, (triton.cdiv(slots, config.splits * config.keys) - 1).bit_length())
     sinks = start if sink is None else sink
     with torch.cuda.device_of(q):
         _attend_kernel[(config.splits, groups, triton.cdiv(tokens * heads // groups, config.rows))](
             parts, stats, q, keys, values, start, sinks, depths, ancestors,
             q.stride(0), keys.stride(0), values.stride(0), slots, tokens, scale * _LOG2_E,
             heads // groups, head, tail, v_dim, window or 0, tree is not None, sink is not None, MAX_ROWS,
-            config.splits, doublings, config.rows, config.keys, num_warps=config.warps, num_stages=config.stages,
+            config.splits, config.rows, config.keys, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if config.splits > 1:
             columns = min(_COLUMNS, v_dim)
             _join_kernel[(tokens * heads, v_dim // columns)](
                 out, parts, stats, start, sinks, slots, tokens, heads,
-                v_dim, sink is not None, config.splits, doublings, config.keys, columns,
+                v_dim, sink is not None, config.splits, config.keys, columns,
             )  # fmt: skip
     return out
 

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         bandwidth = args.bandwidth
         print(f"No GPU: nothing is measured. Bytes, and the time they take at {bandwidth:.0f} GB/s:")
     document |= {"copy_GB/s": round(bandwidth, 1), "tokens": args.tokens, "rows": []}
-    header = f"{'operator':28s} {'model':18s} TP    size {'MB':>8} {'floor us':>9}"
+    header = f"{'operator':38s} {'model':18s} TP    size {'MB':>8} {'floor us':>9}"
     print(header + (f" {'us':>9}   GB/s of copy" if gpu else ""))
     for g in geometries:
         for tp in args.tp:
@@ -201,7 +201,7 @@ def _finish(row: Row, bandwidth: float) -> Row:
     """Adds the derived figures and prints the line."""
     row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
     size = next(row[key] for key in ("experts", "context", "rows") if key in row)
-    line = f"{row['operator']:28s} {row['model']:18s} {row['tp']:2d} {size:7d} {row['bytes'] / 1e6:8.1f}"
+    line = f"{row['operator']:38s} {row['model']:18s} {row['tp']:2d} {size:7d} {row['bytes'] / 1e6:8.1f}"
     line += f" {row['floor_us']:9.1f}"
     if "us" in row:
         rate = row["bytes"] / row["us"] / 1e3
@@ -342,8 +342,8 @@ def attention_rows(a: Heads, context: int, tokens: int, gpu: bool, every: bool) 
     start, sink = torch.tensor(context, device="cuda"), torch.zeros(a.heads, device="cuda") if a.window else None
     configs = [at.config_for(tokens * a.heads // a.kv_heads, a.kv_heads, slots)]
     if every:
-        blocks = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 4))
-        configs = [at.Config(*block, splits) for block in blocks for splits in ((1, 2) if a.window else (64, 128, 256))]
+        splits = (1, 2) if a.window else (64, 128, 256) if context == CONTEXTS[-1] else (configs[0].splits,)
+        configs = [at.Config(*block, n) for block in at.BLOCKS for n in splits]
     rows: list[Row] = []
     for config in configs:
 

@@ -87,6 +87,19 @@ def test_lengths(shape, generator):
         checked(q, k, v, end - 8)
 
 
+def test_every_block(generator):
+    from mimo_kernels import attention_triton as at_
+
+    for shape, slots, start, window in ((SHAPES[0], 136, 500, 128), (SHAPES[1], 8192, 5000, None)):
+        q, keys, values, sink = random_case(8, shape, slots, generator)
+        kw = {"scale": 0.07, "window": window, "sink": sink}
+        expected = att.reference(q, keys, values, at(start), dtype=torch.float64, **kw)
+        for block in at_.BLOCKS:
+            for splits in (1, 2, 64):
+                y = at_.attention(q, keys, values, at(start), config=at_.Config(*block, splits), **kw)
+                assert float((y.double() - expected).norm() / expected.norm()) < 1e-2, (block, splits)
+
+
 @pytest.mark.parametrize("slots", [135, 136, 192, 300])
 def test_window_edges(slots, generator):
     q, keys, values, sink = random_case(8, SHAPES[0], slots, generator)

@@ -296,7 +296,7 @@ def test_machine_code(rows, groups, group, slots, window, tree):
     config = at.config_for(rows, groups, slots)
     constants = {
         "GROUP": group, "HEAD": 128, "TAIL": 64, "V": 128, "WINDOW": window, "TREE": tree, "HAS_SINK": window > 0,
-        "MAX_TOKENS": 16, "SPLITS": config.splits, "DOUBLINGS": 5, "BM": config.rows, "BN": config.keys,
+        "MAX_TOKENS": 16, "SPLITS": config.splits, "BM": config.rows, "BN": config.keys,
     }  # fmt: skip
     if rows == group:
         constants["tokens"] = 1  # Triton makes a constant of it
@@ -319,7 +319,7 @@ def test_machine_code(rows, groups, group, slots, window, tree):
 def test_the_join_compiles(sink):
     import mimo_kernels.attention_triton as at
 
-    constants = {"V": 128, "HAS_SINK": sink, "SPLITS": 128, "DOUBLINGS": 5, "BN": 64, "VB": 32}
+    constants = {"V": 128, "HAS_SINK": sink, "SPLITS": 128, "BN": 64, "VB": 32}
     pointers = {"OUT": "*bf16", "PARTS": "*fp32", "STATS": "*fp32", "START": "*i64", "SINK": "*fp32"}
     code, registers, _ = compile_for_sm90(at._join_kernel, pointers, constants, 4, 3)
     assert not spills(code) and registers <= 128
