@@ -13,10 +13,10 @@ Row t stands at position start + t, is already stored, and sees the positions 0 
 those above start + t - window. The rows of a tree stand at start + depths[t] instead (they are stored at start + t):
 row t sees the older positions as above, and of the new rows those that `ancestors` names. A window holds all of these.
 
-Bits. A program works on 64 or 128 query rows of one key-value head, and on one split of the slots; splits have a size
-that doubles with the length, and are joined in ascending order. So the bits of a row depend on its own query, position
-and visible keys, on the shapes, on whether the rows of a head are at most 64, and on the power of two; not on its
-neighbours, on timing, on the number of multiprocessors, or on the run.
+Bits. A program works on 64 or 128 query rows of one key-value head, and on one split of the slots; splits are joined
+in ascending order. Their size is a number of blocks that grows when the length passes a multiple of some thousand
+positions. So the bits of a row depend on its own query, position and visible keys, on the shapes, on whether the rows
+of a head are at most 64, and on that number; not on its neighbours, on timing, on the multiprocessors, or on the run.
 
 Why not FlashAttention or FlashInfer: this needs a sink, 192/128 heads, a ring, a tree and a length on the device all at
 once. Given up: more than 16 rows, several sequences, a paged or a quantised cache.

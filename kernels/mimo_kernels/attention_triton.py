@@ -8,10 +8,10 @@ The M side of the matrix products is all query rows of all query heads of a grou
 WGMMA, or to multiples of 128 where there are more: then every key is read from memory once for both halves. Key size
 192 is 128 + 64, two products into one accumulator. A masked key has weight zero exactly.
 
-The grid follows from the capacity alone. The split size starts at one block of keys and doubles until `splits` of them
-cover the rows that are stored, so that short and long contexts both use the whole GPU; splits beyond exit at once.
+The grid follows from the capacity alone. A split is as few blocks of keys as let `splits` of them cover the rows that
+are stored, so that short and long contexts both use the whole GPU; splits beyond exit at once.
 
-Names: m = query row of a block (row t of head h: m = t * GROUP + h), s = slot, d = element of a head.
+Names: m = query row of a block (row t of head h: m = t * GROUP + h), s = slots of a block, d = element of a head.
 """
 
 from dataclasses import dataclass
@@ -61,11 +61,8 @@ def config_for(query_rows: int, groups: int, slots: int) -> Config:
 
 @triton.jit
 def _split_size(stored, SPLITS: tl.constexpr, BN: tl.constexpr):
-    """The smallest BN * 2**i of which SPLITS cover `stored` slots; i <= 14, which a block of 64 takes to 2**20 each."""
-    doublings = tl.zeros((), tl.int32)
-    for i in tl.static_range(14):
-        doublings += (SPLITS * BN * 2**i < stored).to(tl.int32)
-    return BN << doublings
+    """The smallest multiple of BN of which SPLITS cover `stored` slots."""
+    return tl.cdiv(stored, SPLITS * BN) * BN
 
 
 @triton.jit
@@ -81,13 +78,17 @@ def _scores(q, q_tail, at, inside, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def _seen(position, query, first, bits, WINDOW: tl.constexpr, TREE: tl.constexpr):
-    """[BM, BN]: whether queries at positions `query` [BM] see keys at `position` [BN]; `bits` [BM] are ancestors."""
-    seen = position[None, :] <= query[:, None]
-    if WINDOW > 0:
-        seen = seen & (query[:, None] - position[None, :] < WINDOW)
+    """[BM, BN]: whether queries at positions `query` [BM] see keys at `position` [BN].
+
+    In a tree, bit j of `bits` [BM] says whether new row j is an ancestor; bit 30 is set and stands for older positions.
+    """
     if TREE:
-        row = (position - first)[None, :]
-        seen = tl.where(row >= 0, (bits[:, None] >> tl.maximum(row, 0)) & 1 == 1, seen)
+        row = position - first
+        seen = (bits[:, None] & tl.where(row >= 0, 1 << tl.maximum(row, 0), 1 << 30)[None, :]) != 0
+    else:
+        seen = position[None, :] <= query[:, None]
+    if WINDOW > 0:  # which holds all new rows, so that it is no matter that their depths are not their places
+        seen = seen & (query[:, None] - position[None, :] < WINDOW)
     return seen
 
 
@@ -125,7 +126,7 @@ def _attend_kernel(
         j = tl.arange(0, MAX_TOKENS)
         known = real[:, None] & (j < tokens)[None, :]
         named = tl.load(ANCESTORS + t[:, None] * tokens + j[None, :], mask=known, other=0)
-        bits = tl.sum(named.to(tl.int32) << j[None, :], axis=1)
+        bits = tl.sum(named.to(tl.int32) << j[None, :], axis=1) | 1 << 30
     first = tl.load(START).to(tl.int32)
     last = first + tokens - 1
     newest = last % slots
@@ -141,9 +142,10 @@ def _attend_kernel(
             return
     query = first + depth
     row = t * heads + head  # of [tokens, N]
-    KEYS += g.to(tl.int64) * k_stride
-    VALUES += g.to(tl.int64) * v_stride
     d = tl.arange(0, V)
+    slot = begin + tl.arange(0, BN)
+    k_at = KEYS + g.to(tl.int64) * k_stride + slot * K
+    v_at = VALUES + g.to(tl.int64) * v_stride + slot[:, None] * V + d[None, :]
     top = tl.full((BM,), float("-inf"), tl.float32)
     weight = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, V), tl.float32)
@@ -153,7 +155,7 @@ def _attend_kernel(
         position = s
         if WINDOW > 0:
             position = last - newest + s - tl.where(s > newest, slots, 0)
-        logits = _scores(q, q_tail, KEYS + s * K, inside, HEAD, TAIL) * scale
+        logits = _scores(q, q_tail, k_at, inside, HEAD, TAIL) * scale
         seen = _seen(position, query, first, bits, WINDOW, TREE) & (inside & (position >= 0))[None, :]
         logits = tl.where(seen, logits, float("-inf"))
         above = tl.maximum(top, tl.max(logits, 1))
@@ -161,9 +163,11 @@ def _attend_kernel(
         p = tl.exp2(logits - finite[:, None])
         decay = tl.exp2(top - finite)
         weight = weight * decay + tl.sum(p, 1)
-        values = tl.load(VALUES + s[:, None] * V + d[None, :], mask=inside[:, None], other=0.0)
+        values = tl.load(v_at, mask=inside[:, None], other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None])
         top = above
+        k_at += BN * K  # counted beside `block`: offsets made of it would be of 64 bits, and so the comparisons
+        v_at += BN * V
     if SPLITS == 1:
         if HAS_SINK:
             sink = tl.load(SINK + head) * 1.4426950408889634

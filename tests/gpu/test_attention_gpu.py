@@ -78,7 +78,7 @@ def test_rows(shape, generator):
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_lengths(shape, generator):
-    """Around the borders of blocks, and where the split size doubles; nobody reads what is not stored."""
+    """Around the borders of blocks, and where the split size grows; nobody reads what is not stored."""
     slots = 2**16
     q, keys, values, _ = random_case(8, shape, slots, generator)
     for end in (8, 9, 63, 64, 65, 128, 129, 4095, 4096, 4097, 8191, 8192, 8193, 16385, 32769, 65535, 65536):
