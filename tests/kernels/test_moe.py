@@ -281,6 +281,7 @@ def test_instructions_a_weight(kernels, product, tokens, bound):
     fewer. Two warps take 2.7, and were slower on an H200.
     """
     config = kernels.config_for(4096, 512)
+    assert config == kernels.Config(kernels.Tile(64, 256, 4, 4), kernels.Tile(64, 256, 4, 4), 4)
     words = {"W": "*i16", "S": "*u8", "LIST": "*i16"}
     if product == "gate_up":
         kernel, tile, shape = kernels._gate_up_kernel, config.gate_up, {"K": 4096, "ROWS": 1024}
