@@ -2,13 +2,15 @@
 
 Every operator on the shapes of a model at some tensor-parallel degrees: microseconds, the bytes that it has to move,
 GB/s, and the share of a device copy measured in the same run. Instead of a file, numbers do: `--shape 4096 2048 256 8`
-(hidden size, intermediate size of an expert, experts, experts a token). `--only moe` leaves the codecs out; `--sweep`
-times every tile of `moe_triton` instead, from which its defaults are chosen. The last line is one JSON document.
+(hidden size, intermediate size of an expert, experts, experts a token), for the experts alone. `--only moe` leaves the
+other operators out; `--sweep` times every tile of `moe_triton`, `linear_triton` and `attention_triton` instead, from
+which their defaults are chosen. The last line is one JSON document.
 
-How it measures. Medians of CUDA events. The MoE runs as a decode step runs it, in a CUDA graph; the graph holds 16
-calls, each on other experts, so that nothing a call reads is still in the second-level cache, and the time is a 16th.
-Launch gaps inside the graph count, and its bytes are the weights and scales of the experts in use. The codecs work on
-tensors that are far larger than the cache.
+How it measures. Medians of CUDA events. An operator runs as a decode step runs it, in a CUDA graph; the graph holds 16
+calls, each on other experts, weights or caches, so that nothing a call reads is still in the second-level cache, and
+the time is a 16th. Where 16 key-value caches would all fit, every call comes after a pass over other memory, and the
+time of those passes alone is subtracted. Launch gaps inside the graph count. Bytes are the weights and scales in use,
+or the keys and values that are seen. The codecs work on tensors that are far larger than the cache.
 
 Without a GPU it prints the bytes and the time that they take at `--bandwidth`, which is the floor of any kernel.
 """
@@ -16,14 +18,14 @@ Without a GPU it prints the bytes and the time that they take at `--bandwidth`, 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import mxfp4, transcode
+from . import fp8, linear, mxfp4, transcode
 from .moe import MAX_TOKENS, PAGE_K, PackedExperts
 
 H200_COPY = 4280.0  # GB/s read plus written, measured
@@ -32,28 +34,61 @@ REPLAYS = 25
 COPY_BYTES = 2**30
 CODEC_EXPERTS = 16
 MXFP4_BYTES = 17 / 32  # a weight
+CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
+LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
+L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
+ROTATION = 2**30  # bytes that a graph walks through at most, but for two large weights or caches
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Heads:
+    """One kind of attention layer, not divided; `window` is None where all is seen."""
+
+    window: int | None
+    heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def name(self) -> str:
+        return "window" if self.window else "full"
+
+    def local(self, tp: int) -> "Heads":
+        """Of one of `tp` ranks; several hold the same key-value head where there are fewer."""
+        return Heads(self.window, self.heads // tp, max(self.kv_heads // tp, 1), self.k_dim, self.v_dim)
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + self.kv_heads) * self.k_dim + self.kv_heads * self.v_dim
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """Shape of an expert layer, not divided."""
+    """Shape of an expert layer, and of attention where a config.json gave it; not divided."""
 
     name: str
     hidden: int
     inter: int
     experts: int
     top_k: int
+    attention: tuple[Heads, ...] = ()
+    vocab: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "Geometry":
-        """Of a Hugging Face config.json. ValueError when it does not describe a mixture of experts."""
+        """Of a Hugging Face config.json. ValueError when it does not describe a MiMo-V2 model."""
         config = json.loads(path.read_text())
         keys = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
-        missing = [k for k in keys if not isinstance(config.get(k), int)]
+        heads = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
+        swa = ("sliding_window", *("swa_" + key for key in heads))
+        missing = [k for k in (*keys, *heads, *swa, "vocab_size") if not isinstance(config.get(k), int)]
         if missing:
-            raise ValueError(f"{path}: no {', '.join(missing)}; give the config.json of a MoE model, or --shape")
-        return cls(path.stem, *(config[k] for k in keys))
+            raise ValueError(f"{path}: no {', '.join(missing)}; give the config.json of a MiMo-V2 model, or --shape")
+        full, window = Heads(None, *(config[k] for k in heads)), Heads(*(config[k] for k in swa))
+        hidden, inter, experts, top_k = (config[k] for k in keys)
+        return cls(path.stem, hidden, inter, experts, top_k, (full, window), config["vocab_size"])
 
     def distinct(self, tokens: int) -> int:
         """Expected number of distinct experts when every token draws `top_k` of them independently."""
@@ -75,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         bandwidth = args.bandwidth
         print(f"No GPU: nothing is measured. Bytes, and the time they take at {bandwidth:.0f} GB/s:")
     document |= {"copy_GB/s": round(bandwidth, 1), "tokens": args.tokens, "rows": []}
-    header = f"{'operator':28s} {'model':18s} TP experts {'MB':>8} {'floor us':>9}"
+    header = f"{'operator':38s} {'model':18s} TP    size {'MB':>8} {'floor us':>9}"
     print(header + (f" {'us':>9}   GB/s of copy" if gpu else ""))
     for g in geometries:
         for tp in args.tp:
@@ -102,8 +137,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
     add("--tp", nargs="+", type=int, default=[1, 2, 4, 8], help="tensor-parallel degrees")
     add("--tokens", type=int, default=8, help="tokens of a decode step, 1 to 16")
     add("--distinct", nargs="+", type=int, help="distinct experts; default: of one token, and expected of all")
-    add("--only", choices=("moe", "codec"), help="one kind of operator")
-    add("--sweep", action="store_true", help="time every tile of the two products of the MoE, and no codec")
+    add("--only", choices=("moe", "attention", "linear", "codec"), help="one kind of operator")
+    add("--sweep", action="store_true", help="time every tile instead of the default ones, and no codec")
     add("--bandwidth", type=float, default=H200_COPY, help="GB/s assumed where there is no GPU")
     args = parser.parse_args(argv)
     if not args.models and not args.shape:
@@ -116,8 +151,13 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
         parser.error(str(error))
     for h, i, e, k in args.shape:
         geometries.append(Geometry(f"{h}x{i}x{e}top{k}", h, i, e, k))
+    if args.shape and args.only in ("attention", "linear"):
+        parser.error(f"--only {args.only}: --shape does not describe it; give a config.json")
     for g in geometries:
         for tp in args.tp:
+            for a in g.attention:
+                if a.heads % tp or (a.kv_heads % tp and tp % a.kv_heads) or g.vocab % tp:
+                    parser.error(f"--tp {tp}: heads or vocabulary of {g.name} do not divide")
             if g.inter % (tp * mxfp4.BLOCK):
                 parser.error(
                     f"--tp {tp}: the intermediate size {g.inter} of {g.name} does not divide into whole blocks"
@@ -133,25 +173,35 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
 
 def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator[Row]:
     """Rows of one geometry at one degree, as they are measured."""
-    if args.only != "codec":
+    wanted = {args.only} if args.only else {"moe", "attention", "linear", "codec"}
+    base = {"model": g.name, "tp": tp}
+    if "moe" in wanted:
         packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
         for distinct in args.distinct or sorted({g.top_k, g.distinct(args.tokens)}):
-            base = {"model": g.name, "tp": tp, "experts": distinct}
             size = distinct * packed.bytes_per_expert
-            if not gpu:
-                yield base | {"operator": "moe", "bytes": size}
-            else:
-                measure = sweep if args.sweep else measure_moe
-                yield from (base | row for row in measure(packed, routings(g, args.tokens, distinct), size))
-    if args.only != "moe" and not args.sweep:
-        base = {"model": g.name, "tp": tp, "experts": CODEC_EXPERTS}
-        yield from (base | row for row in codec_rows(g, tp, gpu))
+            rows: Iterable[Row] = [{"operator": "moe", "bytes": size}]
+            if gpu:
+                rows = (sweep if args.sweep else measure_moe)(packed, routings(g, args.tokens, distinct), size)
+            yield from (base | {"experts": distinct} | row for row in rows)
+        del packed
+    if "attention" in wanted:
+        for a in g.attention:
+            for context in CONTEXTS if a.window is None else CONTEXTS[1:2]:
+                rows = attention_rows(a.local(tp), context, args.tokens, gpu, args.sweep)
+                yield from (base | {"context": context} | row for row in rows)
+    if "linear" in wanted:
+        for name, n, k, is_fp8 in matrices(g, tp):
+            rows = linear_rows(name, (n, k), is_fp8, args.tokens if gpu else 0, args.sweep)
+            yield from (base | {"rows": n} | row for row in rows)
+    if "codec" in wanted and not args.sweep:
+        yield from (base | {"experts": CODEC_EXPERTS} | row for row in codec_rows(g, tp, gpu))
 
 
 def _finish(row: Row, bandwidth: float) -> Row:
     """Adds the derived figures and prints the line."""
     row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
-    line = f"{row['operator']:28s} {row['model']:18s} {row['tp']:2d} {row['experts']:7d} {row['bytes'] / 1e6:8.1f}"
+    size = next(row[key] for key in ("experts", "context", "rows") if key in row)
+    line = f"{row['operator']:38s} {row['model']:18s} {row['tp']:2d} {size:7d} {row['bytes'] / 1e6:8.1f}"
     line += f" {row['floor_us']:9.1f}"
     if "us" in row:
         rate = row["bytes"] / row["us"] / 1e3
@@ -234,6 +284,85 @@ def _activations(packed: PackedExperts, ids: torch.Tensor) -> tuple[torch.Tensor
     return x, torch.rand(ids.shape, device="cuda").softmax(-1)
 
 
+def matrices(g: Geometry, tp: int) -> list[tuple[str, int, int, bool]]:
+    """(name, N, K, whether FP8) of the products of one rank that are not experts."""
+    if not g.attention:
+        return []
+    local = [a.local(tp) for a in g.attention]
+    rows = [(f"qkv {a.name}", a.qkv_rows, g.hidden, True) for a in local]
+    return [*rows, ("o", g.hidden, local[0].heads * local[0].v_dim, False), ("head", g.vocab // tp, g.hidden, False)]
+
+
+def linear_rows(name: str, shape: tuple[int, int], is_fp8: bool, tokens: int, every: bool) -> list[Row]:
+    """A product with a weight of `shape` [N, K]; without `tokens` only its bytes, with `every` all tiles and slices."""
+    n, k = shape
+    size = n * k + 4 * -(-n // linear.GROUP_ROWS) * (k // fp8.BLOCK) if is_fp8 else 2 * n * k
+    label = f"linear {name} {'fp8' if is_fp8 else 'bf16'}"
+    if not tokens:
+        return [{"operator": label, "bytes": size}]
+    from . import linear_triton as lt
+
+    x = torch.randn(tokens, k, device="cuda").bfloat16()
+    weights = [_random_weight(n, k, is_fp8) for _ in range(copies(size))]
+    configs = [lt.config_for(n, k, is_fp8)]
+    if every:
+        tiles = [t for t in (lt.FP8_TILES if is_fp8 else lt.BF16_TILES) if k % t.k == 0]
+        configs = [lt.Config(t, slices) for t in tiles for slices in (1, 2, 4, 8) if k % (t.k * slices) == 0]
+    rows: list[Row] = []
+    for config in configs:
+        us = graph_microseconds(lambda c: lt.linear(x, weights[c % len(weights)], config))  # noqa: B023
+        t = config.tile
+        tile = f" {t.rows}x{t.k} w{t.warps} s{t.stages} k{config.slices}" if every else ""
+        rows.append({"operator": label + tile, "bytes": size, "us": us, "config": asdict(config)})
+    return rows
+
+
+def _random_weight(n: int, k: int, is_fp8: bool) -> torch.Tensor | linear.Fp8Weight:
+    if not is_fp8:
+        return torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    codes = torch.empty(n, k, dtype=torch.uint8, device="cuda").random_(0, 0x7F).view(torch.float8_e4m3fn)
+    return linear.Fp8Weight(codes, torch.rand(-(-n // linear.GROUP_ROWS), k // fp8.BLOCK, device="cuda"))
+
+
+def attention_rows(a: Heads, context: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
+    """Attention of `tokens` rows after `context` others; with `every` all blocks and numbers of splits."""
+    seen = context + tokens if a.window is None else min(context, a.window - 1) + tokens
+    size = 2 * a.kv_heads * seen * (a.k_dim + a.v_dim)
+    label = f"attention {a.name}"
+    if not gpu:
+        return [{"operator": label, "bytes": size}]
+    from . import attention_triton as at
+
+    slots = a.window + tokens if a.window else max(context + tokens, LEAST_SLOTS)
+    q = torch.randn(tokens, a.heads, a.k_dim, device="cuda").bfloat16()
+    keys, values = (
+        torch.empty(copies(size), a.kv_heads, slots, d, dtype=torch.bfloat16, device="cuda").normal_()
+        for d in (a.k_dim, a.v_dim)
+    )
+    start, sink = torch.tensor(context, device="cuda"), torch.zeros(a.heads, device="cuda") if a.window else None
+    configs = [at.config_for(tokens * a.heads // a.kv_heads, a.kv_heads, slots)]
+    if every:
+        splits = (1, 2) if a.window else (64, 128, 256) if context == CONTEXTS[-1] else (configs[0].splits,)
+        configs = [at.Config(*block, n) for block in at.BLOCKS for n in splits]
+    rows: list[Row] = []
+    for config in configs:
+
+        def call(c: int) -> torch.Tensor:
+            here = c % len(keys)
+            kw = {"scale": a.k_dim**-0.5, "window": a.window, "sink": sink, "config": config}  # noqa: B023
+            return at.attention(q, keys[here], values[here], start, **kw)
+
+        block = f" {config.rows}x{config.keys} w{config.warps} s{config.stages} k{config.splits}" if every else ""
+        us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
+        rows.append({"operator": label + block, "bytes": size, "us": us, "config": asdict(config)})
+    return rows
+
+
+def copies(size: int) -> int:
+    """How many tensors of `size` bytes a graph goes through, so that the cache holds none of the next call."""
+    return max(2, min(CALLS, ROTATION // size))
+
+
 def codec_rows(g: Geometry, tp: int, gpu: bool) -> list[Row]:
     """snap, encode and the FP8 transcode of the up/gate weights of some experts of one rank."""
     shape = (CODEC_EXPERTS, 2 * g.inter // tp, g.hidden)
@@ -269,8 +398,12 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / microseconds(lambda: target.copy_(source)) / 1e3
 
 
-def graph_microseconds(call: Callable[[int], object]) -> float:
-    """Median time of call(0), ... call(CALLS - 1) in one CUDA graph, a call."""
+def graph_microseconds(call: Callable[[int], object], flush: bool = False) -> float:
+    """Median time of call(0), ... call(CALLS - 1) in one CUDA graph, a call; with `flush` from a cold cache."""
+    if flush:
+        other = torch.zeros(2 * L2_BYTES // 4, device="cuda")
+        both = graph_microseconds(lambda c: (other.sum(), call(c)))
+        return both - graph_microseconds(lambda c: other.sum())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

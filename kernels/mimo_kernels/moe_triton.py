@@ -32,7 +32,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from .moe import PackedExperts
 
-_WARPS = 1024  # about eight on each of 132 multiprocessors hide the latency of a down product
+_WARPS = 2048  # about 16 on each of 132 multiprocessors: the fastest down product measured on an H200
 _SLOTS = 16  # places in the expert list a program of _prepare_kernel
 _COLUMNS = 256  # outputs a program of _sum_kernel
 
@@ -57,18 +57,19 @@ class Config:
 
 
 TILES = (  # what `bench --sweep` tries
+    Tile(64, 256, 4, 4),
     Tile(64, 256, 2, 4),
     Tile(64, 256, 2, 3),
-    Tile(64, 256, 4, 4),
     Tile(32, 256, 1, 4),
     Tile(128, 256, 4, 4),
     Tile(64, 512, 2, 3),
     Tile(64, 512, 4, 3),
     Tile(32, 128, 1, 4),
 )
-# What runs: of each product the first that divides the shape.
-GATE_UP_TILES = (Tile(64, 256, 2, 4), Tile(32, 128, 1, 4))
-DOWN_TILES = (Tile(64, 256, 2, 4), Tile(32, 128, 1, 4))
+# What runs: of each product the first that divides the shape. Measured on an H200 at 57 experts of 4096 x 512, cold
+# cache: gate and up 41 us with four warps, 48 us with two; down 28 us with four warps and four groups.
+GATE_UP_TILES = (Tile(64, 256, 4, 4), Tile(32, 128, 1, 4))
+DOWN_TILES = (Tile(64, 256, 4, 4), Tile(32, 128, 1, 4))
 
 
 def config_for(hidden: int, inter: int) -> Config:
@@ -342,8 +343,13 @@ def down(
         t.rows, n, t.k, out.is_cuda, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if count > 1:
-        _sum_kernel[(triton.cdiv(out.numel(), _COLUMNS),)](out, parts, out.numel(), count, _COLUMNS)
+        sum_parts(out, parts)
     return out
+
+
+def sum_parts(out: torch.Tensor, parts: torch.Tensor) -> None:
+    """out bfloat16 [...] <- the sum of parts float32 [count, ...] in ascending order, both contiguous."""
+    _sum_kernel[(triton.cdiv(out.numel(), _COLUMNS),)](out, parts, out.numel(), len(parts), _COLUMNS)
 
 
 def moe(
