@@ -14,6 +14,7 @@ Every process rewrites only what it holds. Blocks never cross a border between p
 that, and the bytes do not depend on how many processes there are.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -84,10 +85,11 @@ class SnappedCopy:
         self.originals = {name: local(p).clone() for name, p in self.params.items()}
         self.masters = self._make_masters(master_dtype)
         self.optimizer = adamw(list(self.masters.values()))
+        this = weakref.ref(self)  # the garbage collector cannot look into hooks, and engine and parameters are a cycle
         for name, param in self.params.items():
             param.requires_grad_(True)
             if not self.sharded and self.masters[name] is not param:
-                param.register_post_accumulate_grad_hook(lambda p, name=name: self._move_gradient(name, p))
+                param.register_post_accumulate_grad_hook(lambda p, name=name: this()._move_gradient(name, p))
         self.snap()
 
     def _make_masters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
