@@ -29,7 +29,7 @@ from mimo_qat.dialects import Step, run_step
 from mimo_qat.sources import Source
 
 MAX_WORKERS = 4
-MAX_THREADS = 4  # of one process: 32 of them took 80 s over what 4 do in 7, because every small operation ends in a barrier
+MAX_THREADS = 4  # of one process: 32 took 80 s over what 4 do in 7, since every small operation ends in a barrier
 SMALL_BYTES = 2**28  # below this a second process takes longer to start than the work
 GO_ON = "run the same command again: it goes on where it stopped"
 
