@@ -31,7 +31,7 @@ from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.experts import expert_parameters
-from mimo_qat.provenance import hardware, versions, write_json
+from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 
@@ -291,6 +291,7 @@ def main() -> None:
     train_rows, held_out = ({k: v.to(options.device) for k, v in part.items()} for part in parts)
     held_out = {k: v[: options.eval_rows] for k, v in held_out.items()}
     results: dict[str, Any] = {"options": vars(options), "hardware": hardware(), "versions": versions()}
+    results |= {"command": command_line(), "commit": commit()}
     for name in options.variants:
         results[name] = run(name, options, train_rows, held_out)
         if options.out:

@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
     parser.add_argument("--arms", help="regular expression: only these")
     parser.add_argument("--skip", help="regular expression: not these")
-    parser.add_argument("--long_tokens", type=float, default=24e6)
+    parser.add_argument("--long_tokens", type=float, default=16e6)
     parser.add_argument("--short_tokens", type=float, default=2.5e6)
     parser.add_argument("--batch", type=int, default=16, help="packed rows a step")
     parser.add_argument("--max_length", type=int, default=1024)

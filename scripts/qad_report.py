@@ -104,9 +104,10 @@ def records(doc: dict[str, Any], modelopt: dict[str, Any] | None) -> list[dict[s
         for name, rate in mfu(times).items():
             out += [record(f"mfu_{name}", rate, "fraction", peak=PEAK_BF16)]
             out += [record(f"tokens_per_s_{name}", times["tokens_per_step"] / times[name], "tokens/s")]
-            out += [record(f"peak_memory_{name}", times[f"{name}_peak_gb"], "GB")]
+            if f"{name}_peak_gb" in times:
+                out += [record(f"peak_memory_{name}", times[f"{name}_peak_gb"], "GB")]
     if modelopt:
-        more = {"versions": modelopt["versions"], "command": "python scripts/compare_modelopt.py", "variants": {}}
+        more = {k: modelopt[k] for k in ("versions", "command", "commit")} | {"variants": {}}
         for name in modelopt:
             if isinstance(modelopt[name], dict) and "step_seconds" in modelopt[name]:
                 held = {k: v["kl"] for k, v in modelopt[name]["held_out"].items()}

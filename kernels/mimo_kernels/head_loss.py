@@ -4,9 +4,10 @@ What training over a large vocabulary does to logits, in as few passes as it can
 l' (target) of one row, q = softmax(l), p = softmax(l'):
 
     CE = lse(l) - l[label]                          d CE / dl    = q - onehot(label)
+    KL = sum_v p_v (l'_v - l_v) - lse(l') + lse(l)  d KL / dl    = q - p
     overlap = sum_v min(p_v, q_v) = 1 - TV(p, q)    d overlap/dl = q * ([q < p] - below),  below = sum_v q_v [q_v < p_v]
 
-Both gradients are linear in weights that may depend on a whole block of rows, so a caller takes the sums of all rows
+The gradients are linear in weights that may depend on a whole block of rows, so a caller takes the sums of all rows
 first and writes the gradient over the logits afterwards: read, read, write. Sums are float32 for every logit dtype.
 
 The torch forms here are the definition; CUDA tensors take one-pass Triton kernels (`head_loss_triton`). Why not a
@@ -40,6 +41,42 @@ def overlap(
     q = (logits_RV.float() - lse_R[:, None]).exp()
     p = (other_RV.float() - other_lse_R[:, None]).exp()
     return torch.minimum(p, q).sum(-1), (q * (q < p)).sum(-1)
+
+
+def divergence(logits_RV: torch.Tensor, other_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL(p || q), log-sum-exp of `logits_RV`, log-sum-exp of `other_RV`), float32 [R] each; q of the first, p of the
+    second."""
+    if logits_RV.is_cuda:
+        from . import head_loss_triton
+
+        return head_loss_triton.divergence(logits_RV, other_RV)
+    logits_RV, other_RV = logits_RV.float(), other_RV.float()
+    lse_R, other_lse_R = logits_RV.logsumexp(-1), other_RV.logsumexp(-1)
+    log_p, log_q = other_RV - other_lse_R[:, None], logits_RV - lse_R[:, None]
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1), lse_R, other_lse_R
+
+
+def divergence_gradient_(
+    logits_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    lse_R: torch.Tensor,
+    ce_weight_R: torch.Tensor,
+    other: tuple[torch.Tensor, torch.Tensor, float],
+) -> torch.Tensor:
+    """Overwrites logits [R, V] with the gradient of sum(kl_weight * KL + ce_weight * CE); returns them.
+
+    `other` is (other_RV, other_lse_R, kl_weight).
+    """
+    if logits_RV.is_cuda:
+        from . import head_loss_triton
+
+        return head_loss_triton.divergence_gradient_(logits_RV, labels_R, lse_R, ce_weight_R, other)
+    other_RV, other_lse_R, kl_weight = other
+    q = (logits_RV.float() - lse_R[:, None]).exp()
+    p = (other_RV.float() - other_lse_R[:, None]).exp()
+    grad = (kl_weight + ce_weight_R)[:, None] * q - kl_weight * p
+    return logits_RV.copy_(grad.scatter_add_(1, labels_R[:, None], -ce_weight_R[:, None]))
 
 
 def gradient_(

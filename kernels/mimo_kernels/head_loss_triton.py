@@ -58,6 +58,52 @@ def _overlap(logits, other, lse, other_lse, both, below, V, TILE: tl.constexpr):
 
 
 @triton.jit
+def _divergence(logits, other, kl, lse, other_lse, V, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    other += row * V
+    lane_L = tl.arange(0, TILE)
+    q_top_L = tl.full((TILE,), _LOWEST, tl.float32)
+    p_top_L = tl.full((TILE,), _LOWEST, tl.float32)
+    q_sum_L = tl.zeros((TILE,), tl.float32)
+    p_sum_L = tl.zeros((TILE,), tl.float32)
+    dot_L = tl.zeros((TILE,), tl.float32)  # of p, unnormalised, and the difference of the logits
+    for start in range(0, V, TILE):
+        index_L = start + lane_L
+        x_L = tl.load(logits + index_L, mask=index_L < V, other=_LOWEST).to(tl.float32)
+        y_L = tl.load(other + index_L, mask=index_L < V, other=_LOWEST).to(tl.float32)
+        q_new_L = tl.maximum(q_top_L, x_L)
+        q_sum_L = q_sum_L * tl.exp(q_top_L - q_new_L) + tl.exp(x_L - q_new_L)
+        p_new_L = tl.maximum(p_top_L, y_L)
+        rescale_L, e_L = tl.exp(p_top_L - p_new_L), tl.exp(y_L - p_new_L)
+        p_sum_L = p_sum_L * rescale_L + e_L
+        dot_L = dot_L * rescale_L + tl.where(e_L > 0, e_L * (y_L - x_L), 0.0)
+        q_top_L, p_top_L = q_new_L, p_new_L
+    q_top, p_top = tl.max(q_top_L, 0), tl.max(p_top_L, 0)
+    q_lse = q_top + tl.log(tl.sum(q_sum_L * tl.exp(q_top_L - q_top), 0))
+    scale_L = tl.exp(p_top_L - p_top)
+    p_sum = tl.sum(p_sum_L * scale_L, 0)
+    p_lse = p_top + tl.log(p_sum)
+    tl.store(kl + row, tl.sum(dot_L * scale_L, 0) / p_sum - (p_lse - q_lse))
+    tl.store(lse + row, q_lse)
+    tl.store(other_lse + row, p_lse)
+
+
+@triton.jit
+def _divergence_gradient(logits, labels, lse, ce_weight, other, other_lse, kl_weight, V, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index_L = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside_L = index_L < V
+    weight, label = tl.load(ce_weight + row), tl.load(labels + row)
+    at_L = logits + row * V + index_L
+    q_L = tl.exp(tl.load(at_L, mask=inside_L, other=_LOWEST).to(tl.float32) - tl.load(lse + row))
+    p_L = tl.load(other + row * V + index_L, mask=inside_L, other=_LOWEST).to(tl.float32)
+    p_L = tl.exp(p_L - tl.load(other_lse + row))
+    grad_L = kl_weight * (q_L - p_L) + weight * (q_L - (index_L == label).to(tl.float32))
+    tl.store(at_L, grad_L.to(logits.dtype.element_ty), mask=inside_L)
+
+
+@triton.jit
 def _gradient(
     logits, labels, lse, ce_weight, other, other_lse, below, overlap_weight, V, HAS_OTHER: tl.constexpr,
     TILE: tl.constexpr,
@@ -100,6 +146,31 @@ def overlap(
     both, below = torch.empty(2, rows, dtype=torch.float32, device=logits_RV.device).unbind()
     _overlap[(rows,)](logits_RV, other_RV, lse_R, other_lse_R, both, below, size, TILE=_TILE, num_warps=_WARPS)
     return both, below
+
+
+def divergence(logits_RV: torch.Tensor, other_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, size = _rows(logits_RV)
+    assert _rows(other_RV) == (rows, size)
+    kl, lse, other_lse = torch.empty(3, rows, dtype=torch.float32, device=logits_RV.device).unbind()
+    _divergence[(rows,)](logits_RV, other_RV, kl, lse, other_lse, size, TILE=_TILE, num_warps=_WARPS)
+    return kl, lse, other_lse
+
+
+def divergence_gradient_(
+    logits_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    lse_R: torch.Tensor,
+    ce_weight_R: torch.Tensor,
+    other: tuple[torch.Tensor, torch.Tensor, float],
+) -> torch.Tensor:
+    rows, size = _rows(logits_RV)
+    other_RV, other_lse_R, kl_weight = other
+    assert _rows(other_RV) == (rows, size)
+    vectors = [t.contiguous() for t in (labels_R, lse_R, ce_weight_R)]
+    _divergence_gradient[(rows, triton.cdiv(size, _TILE))](
+        logits_RV, *vectors, other_RV, other_lse_R.contiguous(), float(kl_weight), size, TILE=_TILE, num_warps=_WARPS
+    )
+    return logits_RV
 
 
 def gradient_(

@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ class Distiller:
         self.drafter.to(self.dtype)
         if config.compile and self.device.type == "cuda":
             use_training_kernels(self.target)
-        run_layers = self.drafter.run_layers
-        self.run_layers = torch.compile(run_layers, dynamic=False) if config.compile else run_layers
+        # Layer by layer: one compilation serves all layers, and the next drafter of the same shape.
+        layers = [torch.compile(layer, dynamic=False) for layer in self.drafter.layers] if config.compile else None
+        self.run_layers = partial(self.drafter.run_layers, layers=layers)
         self.step, self.tokens = 0, 0
         self.window = self.no_sums()  # sums since the last log line
         self.orders: dict[int, torch.Tensor] = {}

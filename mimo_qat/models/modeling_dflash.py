@@ -527,14 +527,15 @@ class DFlashDraftModel(PreTrainedModel):
         masks = masks.expand(batch, anchors, self.config.block_size - 1, size)
         return torch.cat((anchor_embeds_BND[:, :, None], masks), dim=2).flatten(1, 2)
 
-    def run_layers(self, x_BRD, context_BCD, position_ids, masks, past_key_values=None):
+    def run_layers(self, x_BRD, context_BCD, position_ids, masks, past_key_values=None, layers=None):
         """Block rows through all layers: training and drafting share this one path.
 
         context_BCD is the output of `fuse`; position_ids [B, C + R] count context rows, then block rows; `masks` maps
-        `config.layer_rule(i)` to what `attend` takes, or to a function of the number of keys that returns it.
+        `config.layer_rule(i)` to what `attend` takes, or to a function of the number of keys that returns it. `layers`
+        are compiled forms of the layers to use in their place.
         """
         rotary = rotary_table(position_ids, self.config, x_BRD.dtype)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers or self.layers):
             x_BRD = layer(x_BRD, context_BCD, rotary, masks[self.config.layer_rule(i)], past_key_values)
         return self.norm(x_BRD)
 

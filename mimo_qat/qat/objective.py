@@ -1,10 +1,9 @@
 """Forward KL (and cross-entropy) over the full vocabulary, without the logits of more than one chunk."""
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
+
+from mimo_kernels import head_loss
 
 IGNORED = -100
 
@@ -15,29 +14,29 @@ def chunk_rows(head_VD: torch.Tensor) -> int:
 
 
 def _chunk(
-    student_RV: torch.Tensor, teacher_RV: torch.Tensor | None, labels_R: torch.Tensor | None, kl: float, ce: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum of KL, sum of CE, gradient [R, V] of kl * KL + ce * CE) of a chunk's logits; sums in float32."""
-    log_q = student_RV.float().log_softmax(-1)
-    q = log_q.exp()
-    grad, kl_sum, ce_sum = torch.zeros_like(q), q.new_zeros(()), q.new_zeros(())
+    logits_RV: torch.Tensor,
+    teacher_RV: torch.Tensor | None,
+    labels_R: torch.Tensor | None,
+    weights: tuple[float, float],
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of KL, sum of CE); overwrites the student's logits with the gradient of the weighted sum if asked to."""
+    kl, ce = torch.zeros(2, device=logits_RV.device).unbind()
+    label_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
+    ce_weight_R = torch.zeros(len(logits_RV), device=logits_RV.device)
     if teacher_RV is not None:
-        log_p = teacher_RV.float().log_softmax(-1)
-        p = log_p.exp()
-        kl_sum = (p * (log_p - log_q)).sum()
-        grad = kl * (q - p)  # d KL / d logits = q - p
-    if ce:
-        assert labels_R is not None
-        known, label = labels_R != IGNORED, labels_R.clamp(min=0)
-        ce_sum = -(log_q.gather(1, label[:, None])[:, 0] * known).sum()
-        is_label = torch.arange(q.shape[1], device=q.device) == label[:, None]
-        grad = grad + (ce * known)[:, None] * (q - is_label.float())
-    return kl_sum, ce_sum, grad.to(student_RV.dtype)
-
-
-@functools.cache
-def _compiled_chunk() -> Callable:
-    return torch.compile(_chunk)  # two passes over the logits, where the operations one by one make twenty
+        kl_R, lse_R, teacher_lse_R = head_loss.divergence(logits_RV, teacher_RV)
+        kl = kl_R.sum()
+    if labels_R is not None:
+        label_R, known_R = labels_R.clamp(min=0), (labels_R != IGNORED).float()
+        lse_R, picked_R, _ = head_loss.row_statistics(logits_RV, label_R)
+        ce, ce_weight_R = ((lse_R - picked_R) * known_R).sum(), weights[1] * known_R
+    if with_gradient and teacher_RV is not None:
+        teacher = teacher_RV, teacher_lse_R, weights[0]
+        head_loss.divergence_gradient_(logits_RV, label_R, lse_R, ce_weight_R, teacher)
+    elif with_gradient:
+        head_loss.gradient_(logits_RV, label_R, lse_R, ce_weight_R)
+    return kl, ce
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -47,17 +46,17 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, student_TD, teacher_TD, labels_T, head_VD, kl_weight, ce_weight):
         kl, ce = torch.zeros(2, device=student_TD.device).unbind()
         grad_TD = torch.empty_like(student_TD) if student_TD.requires_grad else None
-        chunk, terms = chunk_rows(head_VD), _compiled_chunk() if head_VD.is_cuda else _chunk
+        chunk = chunk_rows(head_VD)
         for start in range(0, len(student_TD), chunk):
             rows = slice(start, start + chunk)
+            logits_RV = F.linear(student_TD[rows], head_VD)
             teacher_RV = None if teacher_TD is None else F.linear(teacher_TD[rows], head_VD)
             labels_R = None if labels_T is None else labels_T[rows]
-            student_RV = F.linear(student_TD[rows], head_VD)
-            kl_sum, ce_sum, grad_RV = terms(student_RV, teacher_RV, labels_R, kl_weight, ce_weight)
-            kl += kl_sum
-            ce += ce_sum
+            sums = _chunk(logits_RV, teacher_RV, labels_R, (kl_weight, ce_weight), grad_TD is not None)
+            kl += sums[0]
+            ce += sums[1]
             if grad_TD is not None:
-                grad_TD[rows] = grad_RV @ head_VD
+                grad_TD[rows] = logits_RV @ head_VD
         ctx.save_for_backward(grad_TD)
         ctx.mark_non_differentiable(kl, ce)
         return kl_weight * kl + ce_weight * ce, kl, ce
@@ -80,9 +79,12 @@ def chunked_loss(
 
     `student_TD` and `teacher_TD` [tokens, hidden] are final hidden states after the norm, `head_VD` [vocabulary,
     hidden] the frozen language-model head both share, `labels_T` [tokens] next tokens or -100. KL is KL(teacher ||
-    student) at temperature 1, 0 without a teacher; CE is 0 with ce_weight 0. Logits are made in the head's dtype and
+    student) at temperature 1, 0 without a teacher; CE is 0 without labels. Logits are made in the head's dtype and
     everything after them in float32. The gradient reaches `student_TD` only.
     """
+    if teacher_TD is None and labels_T is None:
+        nothing = torch.zeros((), device=student_TD.device)
+        return nothing, nothing, nothing
     return _ChunkedLoss.apply(student_TD, teacher_TD, labels_T, head_VD, kl_weight, ce_weight)
 
 

@@ -14,8 +14,10 @@ Every process rewrites only what it holds. Blocks never cross a border between p
 that, and the bytes do not depend on how many processes there are.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -84,10 +86,11 @@ class SnappedCopy:
         self.originals = {name: local(p).clone() for name, p in self.params.items()}
         self.masters = self._make_masters(master_dtype)
         self.optimizer = adamw(list(self.masters.values()))
+        # Weakly: the garbage collector cannot look into hooks, and engine and parameters are a cycle.
         for name, param in self.params.items():
             param.requires_grad_(True)
             if not self.sharded and self.masters[name] is not param:
-                param.register_post_accumulate_grad_hook(lambda p, name=name: self._move_gradient(name, p))
+                param.register_post_accumulate_grad_hook(partial(_move, weakref.ref(self), name))
         self.snap()
 
     def _make_masters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -227,6 +230,12 @@ class SnappedCopy:
     def whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the model's state dict, gathered, with the values that the forward pass computes with."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _move(engine: "weakref.ref[SnappedCopy]", name: str, param: torch.Tensor) -> None:
+    alive = engine()
+    assert alive is not None, "backward through the parameters of an engine that is gone"
+    alive._move_gradient(name, param)
 
 
 def exchange(a: torch.Tensor, b: torch.Tensor) -> None:

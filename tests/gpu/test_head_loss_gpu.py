@@ -25,10 +25,12 @@ def test_kernels_equal_the_definitions(size, dtype):
         alone = head_loss.gradient_(x.clone(), label, lse, ce_weight.to(device))
         second = (y, other_lse, below, weight.to(device))
         mixed = head_loss.gradient_(x.clone(), label, lse, ce_weight.to(device), second)
-        results.append([t.cpu().double() for t in (lse, picked, best, both, below, values, alone, mixed)])
-    for name, expected, got in zip(
-        ("lse", "picked", "best", "both", "below", "top", "alone", "mixed"), *results, strict=True
-    ):
+        kl, kl_lse, kl_other_lse = head_loss.divergence(x, y)
+        pulled = head_loss.divergence_gradient_(x.clone(), label, kl_lse, ce_weight.to(device), (y, kl_other_lse, 0.7))
+        found = (lse, picked, best, both, below, values, alone, mixed, kl, pulled)
+        results.append([t.cpu().double() for t in found])
+    names = ("lse", "picked", "best", "both", "below", "top", "alone", "mixed", "kl", "pulled")
+    for name, expected, got in zip(names, *results, strict=True):
         exact = name in ("picked", "best", "top")
         error = (got - expected).norm() / expected.norm()
         assert torch.equal(got, expected) if exact else error < (1e-5 if dtype == torch.float32 else 4e-3), name

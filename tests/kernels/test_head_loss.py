@@ -70,10 +70,35 @@ def check_against_autograd(dtype, size):
     assert (alone.double() - expected).abs().max() < tolerance
 
 
+def check_divergence(dtype, size):
+    """KL, and the gradient of KL and CE, in float64 by autograd; equal distributions have no KL, and a -inf of the
+    target counts nothing."""
+    ops = operators()
+    logits, other, labels = rows(dtype, size)
+    logits[1, 5] = 0.0
+    other[4, 9] = float("-inf")
+    exact = logits.double().requires_grad_()
+    p = other.double().softmax(-1)
+    log_p = torch.where(p > 0, other.double().log_softmax(-1), 0.0)
+    expected = (p * (log_p - exact.log_softmax(-1))).sum(-1)
+    kl, lse, other_lse = ops.divergence(logits, other)
+    assert torch.allclose(lse.double(), logits.double().logsumexp(-1), rtol=1e-6)
+    assert torch.allclose(other_lse.double(), other.double().logsumexp(-1), rtol=1e-6)
+    assert (kl.double() - expected).abs().max() < 2e-4 and expected.max() > 3  # float32 logits near 500
+    assert abs(kl[3]) < 1e-5
+    weights = torch.linspace(0, 1.5, 6)
+    ce = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(0.7 * expected.sum() + (weights.double() * ce).sum(), exact)
+    got = logits.clone()
+    assert ops.divergence_gradient_(got, labels, lse, weights, (other, other_lse, 0.7)) is got
+    assert (got.double() - gradient).abs().max() < (2e-4 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter process")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_definition_against_autograd(dtype):
     check_against_autograd(dtype, 301)
+    check_divergence(dtype, 301)
 
 
 @inside
@@ -81,6 +106,7 @@ def test_definition_against_autograd(dtype):
 @pytest.mark.parametrize("size", [301, 2048, 5000])
 def test_kernels_against_autograd(dtype, size):
     check_against_autograd(dtype, size)
+    check_divergence(dtype, size)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter process")

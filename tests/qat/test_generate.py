@@ -1,13 +1,15 @@
 """Answers of the target: the batched decoder against one token at a time, and the folder that holds what it wrote."""
 
+import ast
 import json
 import math
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 
-from mimo_qat import data
+from mimo_qat import corpora, data
 from mimo_qat.distill import decoder as decoding
 from mimo_qat.distill.decoder import Decoder, Job, choose, uniforms
 from mimo_qat.distill.evaluate import greedy
@@ -113,6 +115,16 @@ def settings(learnable):
         "bf16": False,
         "temperatures": [0.0, 1.0],
     }
+
+
+def test_definitions_are_those_of_a_walk_over_all_nodes():
+    kinds, seen = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, 0
+    for _, text in islice(corpora._modules("stdlib"), 120):
+        tree = ast.parse(text)
+        found = list(corpora._definitions(tree))
+        assert found == [node for node in ast.walk(tree) if isinstance(node, kinds)]
+        seen += len(found)
+    assert seen > 1000
 
 
 def test_prompts_are_unique_and_split_once(settings):

@@ -1,11 +1,14 @@
 """Expert QAD on a tiny model: the engine, the objective, a learning run, and kill-and-resume."""
 
+import copy
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,17 @@ def test_engine_trains_masters_and_shows_the_model_only_grid_values(tiny_model):
     assert 0 < flips < engine.numel()
     assert torch.equal(param, mxfp4.decode(*mxfp4.encode(engine.masters[name].data)))
     assert engine.changed_against_ptq() > 0
+
+
+def test_an_engine_ends_with_its_model(tiny_model):
+    """Studies make many engines in a process; one that lived on would keep masters and moments on the GPU."""
+    model = copy.deepcopy(tiny_model).to(torch.bfloat16).requires_grad_(False)
+    engine = SnappedCopy(expert_parameters(model))
+    model(torch.randint(0, 512, (1, 8))).logits.float().sum().backward()
+    kept = [weakref.ref(t) for t in (engine, *engine.masters.values(), *engine.params.values())]
+    del model, engine
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_gradients_of_other_parameters_stay_off(tiny_model):
