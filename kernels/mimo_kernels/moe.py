@@ -41,6 +41,7 @@ MAX_TOKENS = 16
 MAX_SCALE_BYTE = 128
 PAGE_ROWS, PAGE_K = 16, 128
 _HALF = PAGE_ROWS // 2
+_AT_ONCE = 16  # experts that are packed together, which bounds the memory in between
 _SCALE_BIAS = 126
 _FIELDS = 0x81C0  # where BF16 keeps the sign and the three other bits of a code
 
@@ -129,7 +130,7 @@ def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pack
 
 @torch.no_grad()
 def pack_experts(experts: Experts) -> PackedExperts:
-    """Rearrange the experts for the kernels, on their device, one at a time. ValueError for a scale byte above 128."""
+    """Rearrange the experts for the kernels, on their device, a few at a time. ValueError for a scale byte above 128."""
     _check_experts(experts)
     for name, scales in (("gate_up_scales", experts.gate_up_scales), ("down_scales", experts.down_scales)):
         if scales.numel() and not scales.is_meta and int(scales.max()) > MAX_SCALE_BYTE:
@@ -137,14 +138,16 @@ def pack_experts(experts: Experts) -> PackedExperts:
                 f"{name}: byte {int(scales.max())}, above {MAX_SCALE_BYTE} (weights above 12); the packed layout has "
                 "no such scale, run this layer from BF16 weights"
             )
-    rows = [(_interleave(c), _interleave(s)) for c, s in zip(experts.gate_up, experts.gate_up_scales, strict=True)]
-    gate_up, gate_up_scales = zip(*(_pack(c, s) for c, s in rows), strict=True)
-    down, down_scales = zip(*map(_pack, experts.down, experts.down_scales), strict=True)
+    parts = []
+    for group in zip(*(t.split(_AT_ONCE) for t in vars(experts).values()), strict=True):
+        codes, scales, down, down_scales = group
+        parts.append((*_pack(_interleave(codes), _interleave(scales)), *_pack(down, down_scales)))
+    gate_up, gate_up_scales, down, down_scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return PackedExperts(
-        torch.stack(gate_up),
-        torch.stack(gate_up_scales),
-        torch.stack(down),
-        torch.stack(down_scales),
+        gate_up,
+        gate_up_scales,
+        down,
+        down_scales,
         hidden=experts.down.shape[1],
         inter=experts.gate_up.shape[1] // 2,
     )
@@ -183,7 +186,7 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
 
 
 def _pack(packed: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages of words and scales of one matrix: packed uint8 [R, K/2], scales uint8 [R, K/32]."""
+    """Pages of words and scales of matrices: packed uint8 [n, R, K/2], scales uint8 [n, R, K/32]."""
     words = pack_words(mxfp4.unpack(packed).unflatten(-1, (-1, 4)))
     words = _pages(words, PAGE_K // 4, 0)
     return words, _pages(scales + _SCALE_BIAS, PAGE_K // mxfp4.BLOCK, _SCALE_BIAS)
@@ -197,16 +200,16 @@ def _unpack(words: torch.Tensor, scales: torch.Tensor, k: int) -> tuple[torch.Te
 
 
 def _pages(x: torch.Tensor, width: int, fill: int) -> torch.Tensor:
-    """[R, C] -> contiguous [rows/16, columns/width, 16, width], R padded to 128 and C to `width` with `fill`."""
-    x = pad(x, (0, -x.shape[1] % width, 0, -x.shape[0] % PAGE_K), value=fill)
-    return x.view(-1, PAGE_ROWS, x.shape[1] // width, width).transpose(1, 2).contiguous()
+    """[n, R, C] -> contiguous [n, rows/16, columns/width, 16, width], R padded to 128 and C to `width` with `fill`."""
+    x = pad(x, (0, -x.shape[2] % width, 0, -x.shape[1] % PAGE_K), value=fill)
+    return x.unflatten(1, (-1, PAGE_ROWS)).unflatten(3, (-1, width)).transpose(2, 3).contiguous()
 
 
 def _interleave(x: torch.Tensor) -> torch.Tensor:
-    """Rows [2I, C], gates then ups -> [2Ip, C], alternately eight of each; padding rows are zero."""
-    gate_up = x.unflatten(0, (2, -1))
-    gate_up = pad(gate_up, (0, 0, 0, -gate_up.shape[1] % PAGE_K))
-    return gate_up.unflatten(1, (-1, _HALF)).transpose(0, 1).flatten(0, 2)
+    """Rows [n, 2I, C], gates then ups -> [n, 2Ip, C], alternately eight of each; padding rows are zero."""
+    gate_up = x.unflatten(1, (2, -1))
+    gate_up = pad(gate_up, (0, 0, 0, -gate_up.shape[2] % PAGE_K))
+    return gate_up.unflatten(2, (-1, _HALF)).transpose(1, 2).flatten(1, 3)
 
 
 def _deinterleave(x: torch.Tensor, inter: int) -> torch.Tensor:
