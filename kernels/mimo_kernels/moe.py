@@ -130,7 +130,7 @@ def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pack
 
 @torch.no_grad()
 def pack_experts(experts: Experts) -> PackedExperts:
-    """Rearrange the experts for the kernels, on their device, a few at a time. ValueError for a scale byte above 128."""
+    """Rearrange the experts for the kernels, on their device, some at a time. ValueError for a scale byte above 128."""
     _check_experts(experts)
     for name, scales in (("gate_up_scales", experts.gate_up_scales), ("down_scales", experts.down_scales)):
         if scales.numel() and not scales.is_meta and int(scales.max()) > MAX_SCALE_BYTE:
