@@ -146,18 +146,21 @@ def _step(generations: list[Generation]) -> float | None:
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
-def forced_lengths(wish: int | float | list[int] | None) -> int | list[int] | None:
-    """What `generate` takes: a fraction becomes a cycle of 100 rounds of its two neighbours, evenly mixed."""
-    if not isinstance(wish, float):
-        return wish
-    hundredths = round(100 * wish)
+def forced_drafts(length: float | None) -> list[int] | None:
+    """Drafts to accept in each round, as `generate` takes them, for an acceptance length: a cycle of 100 rounds of its
+    two neighbours, evenly mixed. The length counts the model's own token after the drafts."""
+    if length is None:
+        return None
+    hundredths = round(100 * (length - 1))
     return [(hundredths * (i + 1) + 50) // 100 - (hundredths * i + 50) // 100 for i in range(100)]
 
 
 def ways(engine: Engine, cfg: BenchConfig) -> dict[str, dict[str, Any]]:
     """The ways to decode that are compared, as arguments of `generate`: plainly, with chains, with trees."""
     out: dict[str, dict[str, Any]] = {"plain": {"speculate": False}}
-    forced = forced_lengths(cfg.forced_acceptance)
+    if cfg.forced_acceptance is not None and cfg.forced_acceptance > engine.block:
+        raise ValueError(f"forced_acceptance is {cfg.forced_acceptance}; a block of {engine.block} cannot yield more")
+    forced = forced_drafts(cfg.forced_acceptance)
     if engine.drafter is not None or forced is not None:
         out["drafted"] = {"tree": False, "forced_acceptance": forced}
     if cfg.tree_budget:
@@ -247,9 +250,7 @@ def _print_labels(engine: Engine, cfg: BenchConfig) -> None:
         drafter = f"a drafter on {len(engine.drafter.taps)} taps" if engine.drafter else "no drafter"
         print(f"SYNTHETIC {described(cfg, cfg.synthetic)}; random weights, {routing}, {drafter}")
     if cfg.forced_acceptance is not None:
-        print(
-            f"FORCED acceptance of {cfg.forced_acceptance} drafts: they are the model's own tokens, not the drafter's"
-        )
+        print(f"FORCED acceptance length {cfg.forced_acceptance}: drafts are the model's own tokens, not the drafter's")
 
 
 def main(cfg: BenchConfig) -> dict[str, Any]:

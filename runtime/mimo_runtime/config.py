@@ -105,9 +105,9 @@ class BenchConfig(EngineConfig, SamplingConfig):
     """use only this many prompts, evenly over the file; of a synthetic model 3 without it"""
     max_new_tokens: int = 128
     """tokens to generate for each prompt"""
-    forced_acceptance: int | float | list[int] | None = None
-    """not a measurement of the drafter: accept exactly this many of the model's own tokens in every round (a list is
-    cycled through, 5.3 is so many on average: length 6.3), to see what such an acceptance would give"""
+    forced_acceptance: float | None = None
+    """not a measurement of the drafter: an acceptance length, such as 6.3 tokens a round on average, by drafts that are
+    the model's own tokens; to see what it would give"""
     output: str | None = None
     """JSON file that gets the document too; `mimo-qat push --results` and docs/results/ take its records"""
     plot: str | None = None
@@ -117,6 +117,8 @@ class BenchConfig(EngineConfig, SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.forced_acceptance is not None and self.forced_acceptance < 1:
+            raise ValueError(f"forced_acceptance is {self.forced_acceptance}; a round yields 1 token or more")
         if (self.folder is None) == (self.synthetic is None):
             raise ValueError("give either a folder or --synthetic flash, pro or a config.json")
         if self.synthetic is None and (self.layers is not None or self.uniform_routing):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mimo_qat.card import read_results
-from mimo_runtime.bench import acceptance, distinct, forced_lengths, lookup_rounds, measure
+from mimo_runtime.bench import acceptance, distinct, forced_drafts, lookup_rounds, measure
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
@@ -80,11 +80,11 @@ def test_distinct_trigrams():
     assert distinct([1, 2, 3, 1, 2, 3, 1]) == 3 / 5 and distinct([1, 2]) == 1.0
 
 
-def test_a_fraction_of_forced_drafts_is_their_mean():
-    assert forced_lengths(5) == 5 and forced_lengths([7, 0]) == [7, 0] and forced_lengths(None) is None
-    lengths = forced_lengths(5.3)
-    assert sum(lengths) == 530 and set(lengths) == {5, 6}
-    assert all(sum(lengths[i : i + 10]) == 53 for i in range(0, 100, 10))
+def test_forced_drafts_have_the_length_as_their_mean():
+    assert set(forced_drafts(6)) == {5} and set(forced_drafts(1)) == {0} and forced_drafts(None) is None
+    drafts = forced_drafts(6.3)
+    assert sum(drafts) == 530 and set(drafts) == {5, 6}
+    assert all(sum(drafts[i : i + 10]) == 53 for i in range(0, 100, 10))
 
 
 def test_divergence_and_perplexity_by_hand():
@@ -138,12 +138,15 @@ def test_bench_command(with_tokenizer, capsys):
     assert doc["identical"] is True and doc["ok"] is True and doc["prompts"] == 2
     assert doc["acceptance"]["cap"] == 8 and 1 <= doc["acceptance"]["length"] <= 8
     assert doc["conditions"]["settings"]["max_new_tokens"] == 24 and doc["conditions"]["versions"]["torch"]
-    assert main(["bench", str(release), *flags, "--forced_acceptance=5"]) == 0
+    assert main(["bench", str(release), *flags, "--forced_acceptance=6"]) == 0
     doc = last_line(capsys)
-    assert doc["acceptance"]["length"] == 6.0 and doc["forced_acceptance"] == 5 and "tree" not in doc
+    assert doc["acceptance"]["length"] == 6.0 and doc["forced_acceptance"] == 6 and "tree" not in doc
+    for wrong, why in (("0.5", "a round yields 1 token or more"), ("9", "a block of 8 cannot yield more")):
+        assert main(["bench", str(release), *flags, f"--forced_acceptance={wrong}"]) != 0
+        assert why in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("forced", [None, 3])
+@pytest.mark.parametrize("forced", [None, 4])
 def test_bench_of_trees_beside_chains(with_tokenizer, capsys, tmp_path, forced):
     release, _ = with_tokenizer
     flags = ["--limit=2", "--max_new_tokens=24", "--dtype=float32", "--device=cpu", "--max_len=512"]

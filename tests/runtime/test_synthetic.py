@@ -367,19 +367,19 @@ def test_bench_command(tiny_config, tmp_path, capsys):
     """The whole command: labels that cannot be overlooked, the document, its records and a chart."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_config))
     flags = ["--device=cpu", "--dtype=float32", "--max_len=128", "--max_new_tokens=64", "--prompt_tokens=24"]
-    flags += ["--layers=3", "--uniform_routing=true", "--forced_acceptance=5.3", "--limit=2"]
+    flags += ["--layers=3", "--uniform_routing=true", "--forced_acceptance=6.3", "--limit=2"]
     pytest.importorskip("matplotlib")
     flags += [f"--output={tmp_path / 'out.json'}", f"--plot={tmp_path / 'out.png'}"]
     assert main(["bench", "--synthetic", str(tmp_path / "config.json"), *flags]) == 0
     out = capsys.readouterr().out
-    assert "SYNTHETIC" in out and "a SLICE: the first 3 of 4 layers" in out and "FORCED acceptance of 5.3" in out
+    assert "SYNTHETIC" in out and "a SLICE: the first 3 of 4 layers" in out and "FORCED acceptance length 6.3" in out
     doc = json.loads(out.strip().splitlines()[-1])
-    assert doc == read_json(tmp_path / "out.json") and doc["identical"] and doc["forced_acceptance"] == 5.3
+    assert doc == read_json(tmp_path / "out.json") and doc["identical"] and doc["forced_acceptance"] == 6.3
     assert doc["acceptance"]["length"] == pytest.approx(6.3, abs=0.1)
     assert set(doc["breakdown"]) == {"plain", "drafted"} and doc["prefill_tokens_per_second"] > 0
     assert "SLICE" in doc["synthetic"]
     record = next(r for r in doc["records"] if r["name"] == "tokens_per_s")
-    assert record["conditions"]["layers"] == 3 and record["conditions"]["forced_acceptance"] == 5.3
+    assert record["conditions"]["layers"] == 3 and record["conditions"]["forced_acceptance"] == 6.3
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
