@@ -103,6 +103,13 @@ def attention(
     return out.to(torch.bfloat16)
 
 
+def fits(k_dim: int, v_dim: int) -> bool:
+    """Whether the kernels have such heads: K one or two powers of two from 16 on, V one."""
+    tail = k_dim - (1 << (k_dim.bit_length() - 1))
+    parts = [k_dim - tail, v_dim, *([tail] if tail else [])]
+    return all(part >= 16 and part & (part - 1) == 0 for part in parts)
+
+
 def _check(
     q: torch.Tensor,
     keys: torch.Tensor,

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import MAX_ROWS, TreeRows
+from .attention import MAX_ROWS, TreeRows, fits
 
 _LOG2_E = 1.4426950408889634
 _PROGRAMS = 128  # of a long context, on 132 multiprocessors: 65 to 128 of them have work
@@ -253,10 +253,9 @@ def attention(
 
 def split_head(k_dim: int, v_dim: int) -> tuple[int, int]:
     """(power of two, power of two or 0) that sum to K. ValueError for head sizes that the kernels do not have."""
+    if not fits(k_dim, v_dim):
+        raise ValueError(
+            f"head sizes {k_dim} and {v_dim}: queries need one or two powers of two from 16, values one; pad the heads"
+        )
     head = 1 << (k_dim.bit_length() - 1)
-    tail = k_dim - head
-    if head < 16 or (tail and (tail < 16 or tail & (tail - 1))):
-        raise ValueError(f"q: head size {k_dim} is not one or two powers of two from 16 on; pad the heads")
-    if v_dim < 16 or v_dim & (v_dim - 1):
-        raise ValueError(f"values: head size {v_dim} is not a power of two from 16 on; pad the heads")
-    return head, tail
+    return head, k_dim - head

@@ -59,6 +59,10 @@ class RingCache:
         place = self.scratch + (torch.arange(len(rows), device=rows.device) + start) % self.capacity
         self.k[:, place], self.v[:, place] = self.k[:, held], self.v[:, held]
 
+    def ring(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots of the ring, keys [G, S, K] and values [G, S, V], as `mimo_kernels.attention` takes them."""
+        return self.k[:, self.scratch :], self.v[:, self.scratch :]
+
     def used(self, end: Position) -> int:
         """How many ring slots a call that ends before position `end` reads."""
         most = self.reach if isinstance(end, torch.Tensor) else end

@@ -18,6 +18,9 @@ class EngineConfig:
     experts: Literal["auto", "packed", "plain"] = "auto"
     """packed keeps MXFP4 experts as codes and runs kernels for few tokens on them, in bfloat16; plain decodes them to
     `dtype`; auto takes packed where they are MXFP4, dtype is bfloat16 and the GPU has compute capability 9 or more"""
+    attention: Literal["auto", "kernel", "plain"] = "auto"
+    """kernel runs the attention of a round's chain as one or two kernels over the cache, in bfloat16; plain as single
+    operations; auto takes the kernel where dtype is bfloat16 and the GPU has compute capability 9 or more"""
     max_len: int = 4096
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int = 256

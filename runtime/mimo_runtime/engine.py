@@ -95,7 +95,7 @@ class Engine:
         folder = Path(folder)
         device = place(cfg.device)
         self.ranks = connect(device, cfg.rank_timeout, cfg.check_ranks)
-        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, self.ranks)
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, cfg.attention, self.ranks)
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mimo_kernels import mxfp4
+from mimo_kernels.attention import fits
 from mimo_kernels.moe import Experts, PackedExperts, pack_experts
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
@@ -26,7 +27,7 @@ from mimo_runtime.shards import Shards, check_shares, check_target, head_rows, k
 @dataclass(frozen=True)
 class Attention:
     """`qkv` [(N+G)*K + G*V, H] in global head order, `o` [H, N*V]; `sink` [N] and head norms [K] where the model has
-    them; `window` counts the query's own key, None is full attention."""
+    them; `window` counts the query's own key, None is full attention; `kernel`: few rows are one kernel's work."""
 
     geometry: LayerGeometry
     window: int | None
@@ -37,6 +38,7 @@ class Attention:
     sink: torch.Tensor | None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    kernel: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,31 @@ class Progress:
 @dataclass(frozen=True)
 class LoadConfig:
     """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `experts` says
-    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`; `ranks` says whose share is read."""
+    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, and `attention` whether a target's few rows
+    take those of `mimo_kernels.attention`; `ranks` says whose share is read."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     rtn: mxfp4.Rule | None = None
     experts: str = "plain"
+    attention: str = "plain"
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def fast(self) -> bool:
+        """Whether the device runs the decode kernels."""
+        device = torch.device(self.device)
+        return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+    def attends(self, g: LayerGeometry) -> bool:
+        """Whether the attention of such a target layer is a kernel's work; ValueError where it cannot be."""
+        possible = self.dtype == torch.bfloat16 and fits(g.head_dim, g.v_head_dim)
+        if self.attention == "kernel" and not possible:
+            raise ValueError(
+                f"attention kernel needs bfloat16 and heads of powers of two; these are {self.dtype} and {g.head_dim}, "
+                f"{g.v_head_dim}: use plain"
+            )
+        return possible and (self.attention == "kernel" or (self.attention == "auto" and self.fast))
 
     def packs(self, stored: str) -> bool:
         """Whether experts that are `stored` as "mxfp4" or otherwise are packed; ValueError where they cannot be."""
@@ -194,9 +214,7 @@ class LoadConfig:
             raise ValueError(
                 f"experts packed needs MXFP4 experts and dtype bfloat16; these are {stored} and {self.dtype}: use plain"
             )
-        device = torch.device(self.device)
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-        return possible and (self.experts == "packed" or (self.experts == "auto" and fast))
+        return possible and (self.experts == "packed" or (self.experts == "auto" and self.fast))
 
 
 def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
@@ -261,6 +279,7 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
         qkv=shards.qkv(i, cfg.dtype).to(cfg.device),
         o=columns("self_attn.o_proj"),
         sink=sink,
+        kernel=cfg.attends(geometry),
     )
     mlp: Mlp | Moe
     if geometry.moe:

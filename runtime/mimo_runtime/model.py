@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mimo_kernels import attention as attention_kernels
 from mimo_kernels import moe as moe_kernels
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_qat.models.draft_tree import Tree
@@ -133,7 +134,7 @@ def attend(q, keys, values, mask, scale: float, sink: torch.Tensor | None) -> to
     return out.view(groups, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
 
 
-TreeRows = tuple[torch.Tensor, torch.Tensor]  # depths [T]; bool [T, T]: row q sees row k, its ancestor or itself
+TreeRows = attention_kernels.TreeRows
 
 
 def tree_rows(tree: Tree, device: torch.device | str = "cpu") -> TreeRows:
@@ -210,8 +211,18 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     """Causal attention of a target layer; padding rows (beyond `rows.count`) are computed and never stored."""
     ranks.record(x)
     q, k, v = project(w, x, rows)
-    keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
-    out = attend(q, keys, values, rows.mask(cache), w.geometry.head_dim**-0.5, w.sink)
+    scale = w.geometry.head_dim**-0.5
+    few = rows.count <= attention_kernels.MAX_ROWS and rows.ancestors is None
+    if w.kernel and few and isinstance(rows.start, torch.Tensor):
+        cache.write(k[: rows.count], v[: rows.count], rows.start)
+        out = attention_kernels.attention(
+            q[: rows.count], *cache.ring(), rows.start, scale=scale, window=w.window, sink=w.sink
+        ).flatten(1)
+        # Padding repeats the last row, so that it asks for no expert of its own.
+        out = torch.cat((out, out[-1:].expand(len(q) - rows.count, -1)))
+    else:
+        keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
+        out = attend(q, keys, values, rows.mask(cache), scale, w.sink)
     return ranks.sum(linear(out, w.o))
 
 

@@ -1,4 +1,4 @@
-"""Experts that stay MXFP4 codes: what is packed, and that a model decodes the same with them."""
+"""Decode kernels in the model, by their definitions: experts that stay MXFP4 codes, attention over the ring."""
 
 import pytest
 import torch
@@ -66,8 +66,35 @@ def test_drafts_change_no_token_of_packed_experts(release):
     assert forced.tokens == plain and any(r.accepted > 2 for r in forced.rounds)
 
 
+@pytest.mark.parametrize("length", [3, 40])
+def test_attention_over_the_ring_is_attention(release, length):
+    """After prefills shorter and longer than the window: a block, and a single row that is padded to one."""
+    ids = torch.randint(0, 500, (length + 8,), generator=torch.Generator().manual_seed(length))
+    found = {}
+    for kind in ("plain", "kernel"):
+        target = load_target(release, LoadConfig("cpu", torch.bfloat16, attention=kind))
+        assert all(layer.attention.kernel == (kind == "kernel") for layer in target.layers)
+        caches = new_caches(target, 64, 8)
+        target_forward(target, caches, ids[:length], 0)
+        start = torch.tensor(length)
+        alone = target_forward(target, caches, ids[length : length + 1], start, min_rows=8)[0]
+        found[kind] = torch.cat((target_forward(target, caches, ids[length:], start)[0], alone))
+    assert (found["kernel"] - found["plain"]).norm() < 0.02 * found["plain"].norm()
+    assert torch.equal(found["kernel"][0], found["kernel"][-1])  # the same row, whatever its neighbours
+
+
+def test_drafts_change_no_token_with_kernels(release):
+    engine = Engine(release, EngineConfig(device="cpu", experts="packed", attention="kernel", max_len=128))
+    sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=(-1,))
+    plain = engine.generate([3, 1, 4, 1, 5], sampling, speculate=False).tokens
+    for how in ({}, {"forced_acceptance": [3, 4]}):
+        assert engine.generate([3, 1, 4, 1, 5], sampling, **how).tokens == plain
+
+
 def test_what_cannot_be_packed_is_refused_or_left_plain(release, reference):
     for folder, dtype in ((reference, torch.bfloat16), (release, torch.float32)):
         with pytest.raises(ValueError, match="needs MXFP4 experts and dtype bfloat16"):
             load_target(folder, LoadConfig("cpu", dtype, experts="packed"))
         assert isinstance(routed(load_target(folder, LoadConfig("cpu", dtype, experts="auto")))[0], PlainExperts)
+    with pytest.raises(ValueError, match="attention kernel needs bfloat16"):
+        load_target(release, LoadConfig("cpu", torch.float32, attention="kernel"))
