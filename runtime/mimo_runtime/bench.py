@@ -24,6 +24,7 @@ from mimo_qat.provenance import command_line, commit, hardware, versions, write_
 from mimo_runtime.breakdown import broken_down, plot_breakdown, print_breakdown
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.engine import Engine, Generation
+from mimo_runtime.parallel import Alone
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
 from mimo_runtime.synthetic import SyntheticEngine, described, drafter_config, dry_run, model_config, random_prompts
 
@@ -237,8 +238,11 @@ def _opened(cfg: BenchConfig) -> tuple[Engine, list[tuple[Prompt, list[int]]]]:
         prompts = [(p, encode(tokenizer, p.text, cfg.chat)) for p in load_prompts(cfg.prompts, cfg.limit)]
         return Engine(cfg.folder, cfg), prompts
     config = model_config(cfg.synthetic, cfg.layers)
-    engine = SyntheticEngine(config, drafter_config(cfg, config), cfg, uniform_routing=cfg.uniform_routing)
-    vocab_size = engine.target.geometry.vocab_size
+    draft_config, routing = drafter_config(cfg, config), cfg.uniform_routing
+    engine = SyntheticEngine(config, draft_config, cfg, uniform_routing=routing, ranks=cfg.ranks)
+    # A rank alone embeds its own tokens only: the others' rows would be zeros, which a GPU multiplies faster.
+    alone = isinstance(engine.ranks, Alone)
+    vocab_size = len(engine.target.embed) if alone else engine.target.geometry.vocab_size
     ids = random_prompts(vocab_size, cfg.prompt_tokens, cfg.limit or SYNTHETIC_PROMPTS, cfg.seed)
     return engine, [(Prompt("", "random"), prompt) for prompt in ids]
 
@@ -249,6 +253,8 @@ def _print_labels(engine: Engine, cfg: BenchConfig) -> None:
         routing = "uniform routing" if cfg.uniform_routing else "a random router"
         drafter = f"a drafter on {len(engine.drafter.taps)} taps" if engine.drafter else "no drafter"
         print(f"SYNTHETIC {described(cfg, cfg.synthetic)}; random weights, {routing}, {drafter}")
+    if isinstance(engine.ranks, Alone):
+        print(f"ONE RANK of {engine.ranks.size}: its share of the work, no collectives; the tokens mean nothing")
     if cfg.forced_acceptance is not None:
         print(f"FORCED acceptance length {cfg.forced_acceptance}: drafts are the model's own tokens, not the drafter's")
 
@@ -296,14 +302,15 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     }
     if engine.ranks.rank == 0:
         if cfg.plot and breakdown:
-            plot_breakdown(breakdown, _title(cfg), cfg.plot)
+            plot_breakdown(breakdown, _title(engine, cfg), cfg.plot)
         if cfg.output:
             write_json(cfg.output, document)
     return document
 
 
-def _title(cfg: BenchConfig) -> str:
+def _title(engine: Engine, cfg: BenchConfig) -> str:
     title = str(cfg.folder) if cfg.synthetic is None else f"synthetic {described(cfg, cfg.synthetic)}"
+    title += f", ONE RANK of {engine.ranks.size}" * isinstance(engine.ranks, Alone)
     return title + f", FORCED acceptance {cfg.forced_acceptance}" * (cfg.forced_acceptance is not None)
 
 
@@ -311,13 +318,14 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of all prompts; those of drafting are absent where there was none."""
     settings = made["settings"]
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
-    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", "experts"]
+    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", "experts", "attention"]
     if settings["synthetic"] is not None:
         kept += ["synthetic", "layers", "uniform_routing", "prompt_tokens"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
     where |= {
         "block": made["block"],
         "ranks": made["ranks"],
+        **({"one_rank": True} if made["one_rank"] else {}),
         "ngram_lookup": row["lookup_length"],
         **made["hardware"],
         **made["versions"],
@@ -346,6 +354,7 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "block": engine.block,
         "ranks": engine.ranks.size,
+        "one_rank": isinstance(engine.ranks, Alone),
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
         "settings": {k: v for k, v in settings.items() if k not in ("output", "plot")} | {"device": str(engine.device)},

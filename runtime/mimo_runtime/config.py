@@ -101,7 +101,8 @@ class BenchConfig(EngineConfig, SamplingConfig):
     dry_run: bool = False
     """print what each of `ranks` ranks would hold in memory, and allocate nothing"""
     ranks: int = 1
-    """ranks of a dry run; a run has as many as processes were started"""
+    """ranks of a dry run; a synthetic model in one process computes the share of one of so many, without the others
+    (always labelled); any other run has as many as processes were started"""
     prompts: str | None = None
     """.jsonl file of {"prompt": ..., "domain": ...}; the 24 bundled prompts without it"""
     limit: int | None = None
@@ -122,6 +123,8 @@ class BenchConfig(EngineConfig, SamplingConfig):
         super().__post_init__()
         if self.forced_acceptance is not None and self.forced_acceptance < 1:
             raise ValueError(f"forced_acceptance is {self.forced_acceptance}; a round yields 1 token or more")
+        if self.ranks > 1 and self.synthetic is None and not self.dry_run:
+            raise ValueError(f"ranks is {self.ranks}; start a real model's ranks with torchrun --nproc_per_node")
         if (self.folder is None) == (self.synthetic is None):
             raise ValueError("give either a folder or --synthetic flash, pro or a config.json")
         if self.synthetic is None and (self.layers is not None or self.uniform_routing):

@@ -32,7 +32,7 @@ from mimo_runtime.model import (
     tree_rows,
     without_host,
 )
-from mimo_runtime.parallel import connect, place
+from mimo_runtime.parallel import Ranks, connect, place
 from mimo_runtime.rounds import Rounds, State, forced_chain, play
 from mimo_runtime.speculate import Round, Sampler, choose, decode, draft_candidates, forced_drafts
 
@@ -94,7 +94,7 @@ class Engine:
         cfg = cfg or EngineConfig()
         folder = Path(folder)
         device = place(cfg.device)
-        self.ranks = connect(device, cfg.rank_timeout, cfg.check_ranks)
+        self.ranks = self._connect(device, cfg)
         load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, cfg.attention, self.ranks)
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
@@ -122,6 +122,9 @@ class Engine:
         self._graphs: dict[tuple[str, int], Graph] = {}
         with self._on_device():
             self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
+
+    def _connect(self, device: str, cfg: EngineConfig) -> Ranks:
+        return connect(device, cfg.rank_timeout, cfg.check_ranks)
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
         target = load_target(self.folder, load)

@@ -49,6 +49,17 @@ class Ranks:
         """Where that was asked for: ValueError unless all ranks recorded the same bits and chose the same `tokens`."""
 
 
+class Alone(Ranks):
+    """The first of `size` ranks without the others: its work and its bytes, for measurements. What it computes is not
+    the model: sums hold its own contribution, and what is gathered is its own part again."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim=-1)
+
+
 class Group(Ranks):
     """A rank connected to the others."""
 

@@ -36,7 +36,7 @@ from mimo_runtime.config import BenchConfig, EngineConfig
 from mimo_runtime.engine import BLOCK, DTYPES, Engine
 from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, drafter_of, target_of
 from mimo_runtime.model import new_caches, new_draft_caches
-from mimo_runtime.parallel import Ranks
+from mimo_runtime.parallel import Alone, Ranks, world
 from mimo_runtime.shards import Shards
 from mimo_runtime.speculate import gumbel_noise
 
@@ -205,9 +205,17 @@ class SyntheticEngine(Engine):
         cfg: EngineConfig,
         *,
         uniform_routing: bool = False,
+        ranks: int = 1,
     ):
+        """`ranks` > 1 makes a process that was started alone the first of so many, without the others."""
         self.config, self.draft_config, self.uniform_routing = config, draft_config, uniform_routing
+        self.pretended = ranks
         super().__init__("", cfg)
+
+    def _connect(self, device: str, cfg: EngineConfig) -> Ranks:
+        if self.pretended == 1 or world()[1] > 1:
+            return super()._connect(device, cfg)
+        return Alone(0, self.pretended)
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
         target, drafter = random_model(self.config, self.draft_config, load)

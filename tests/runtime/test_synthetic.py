@@ -383,6 +383,30 @@ def test_bench_command(tiny_config, tmp_path, capsys):
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_one_rank_alone_does_its_share(tiny_config, tmp_path, capsys):
+    """The weights of rank 0 of 2, tokens of its own part of the vocabulary, and a label; a folder is refused."""
+    engine = SyntheticEngine(tiny_config, default_drafter_config(tiny_config), TINY, ranks=2)
+    share, draft_share = made(tiny_config, 0, 2)
+    assert allocated(engine.target) == allocated(share) and allocated(engine.drafter) == allocated(draft_share)
+    assert torch.equal(engine.target.layers[1].attention.qkv, share.layers[1].attention.qkv)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    flags = [
+        "--device=cpu",
+        "--dtype=float32",
+        "--max_len=96",
+        "--max_new_tokens=24",
+        "--prompt_tokens=24",
+        "--ranks=2",
+    ]
+    assert main(["bench", "--synthetic", str(tmp_path / "config.json"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "ONE RANK of 2" in out
+    record = next(r for r in json.loads(out.strip().splitlines()[-1])["records"] if r["name"] == "tokens_per_s")
+    assert record["conditions"]["one_rank"] and record["conditions"]["ranks"] == 2
+    assert main(["bench", str(tmp_path), *flags]) != 0
+    assert "start a real model's ranks with torchrun" in capsys.readouterr().err
+
+
 def test_random_tensors_of_any_shape():
     """Three dimensions and one, for the convolutions and sinks of a drafter."""
     tensors = RandomTensors("cpu")

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# scripts/gpu_check.sh OUT [SECONDS]: every test and every bench that needs a GPU, on this machine's GPUs.
+#
+#   tests (kernels, rounds, synthetic models, launch modes) -> kernels against their roofline -> a slice of both published
+#   geometries, one rank's share on one GPU -> the Flash geometry over all GPUs, plain and with a forced acceptance of 6.3
+#
+# A step runs once: call again to go on where it stopped. Nothing starts after SECONDS. Logs, documents and charts are in OUT;
+# the last lines are a table of what held. No weights are needed: models are synthetic and labelled so.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: bash scripts/gpu_check.sh OUT [SECONDS]" >&2; exit 2; }
+out=$(realpath -m "$1") deadline=$(($(date +%s) + ${2:-36000}))
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=${PYTHON:-python3}
+gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+[ "$gpus" -ge 1 ] || { echo "error: no GPU found" >&2; exit 1; }
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:kernels:runtime${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$out"
+
+step() { # step NAME COMMAND...: once, within the time that is left; -> OUT/NAME.log, and OUT/NAME.failed where it fails
+    local name=$1 left=$((deadline - $(date +%s)))
+    shift
+    [ -e "$out/$name.done" ] && return
+    [ $left -gt 10 ] || { echo "$name: no time left"; return; }
+    rm -f "$out/$name.failed"
+    echo "$(date +%T) $name"
+    timeout $left "$@" > "$out/$name.log" 2>&1 && touch "$out/$name.done" || touch "$out/$name.failed"
+}
+tests() { step "test-$1" $python -m pytest -q -s -p no:cacheprovider "${@:2}"; }
+kernels() { # kernels OPERATOR
+    step "kernels-$1" $python -m mimo_kernels.bench recipes/model/mimo-v2.5.json recipes/model/mimo-v2.5-pro.json \
+        --tp 1 2 4 8 --only "$1"
+}
+bench() { # bench NAME PROCESSES FLAGS...
+    local name=$1 launch=(-m mimo_runtime)
+    [ "$2" -eq 1 ] || launch=(-m torch.distributed.run --nproc_per_node "$2" -m mimo_runtime)
+    step "$name" $python "${launch[@]}" bench --uniform_routing true --prompt_tokens 384 --max_new_tokens 256 \
+        --max_len 1024 --cuda_graphs true --forced_acceptance 6.3 --output "$out/$name.json" --plot "$out/$name.png" "${@:3}"
+}
+
+tests moe tests/gpu/test_moe_gpu.py
+tests attention tests/gpu/test_attention_gpu.py
+tests linear tests/gpu/test_linear_gpu.py
+tests rounds tests/gpu/test_rounds_gpu.py tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py
+tests synthetic tests/gpu/test_synthetic_gpu.py
+tests head-loss tests/gpu/test_head_loss_gpu.py
+for operator in moe attention linear codec; do kernels $operator; done
+bench flash-slice 1 --synthetic flash --layers 12
+bench flash-slice-plain-kernels 1 --synthetic flash --layers 12 --attention plain
+bench flash-rank-of-4 1 --synthetic flash --ranks 4
+bench pro-rank-of-8 1 --synthetic pro --ranks 8
+if [ "$gpus" -ge 2 ]; then
+    bench "flash-tp$gpus" "$gpus" --synthetic flash
+    tests launch tests/gpu/test_launch_gpu.py
+fi
+echo
+for file in "$out"/*.done "$out"/*.failed; do
+    [ -e "$file" ] || continue
+    name=$(basename "${file%.*}")
+    echo "${file##*.} $name: $(tr '\r' '\n' < "$out/$name.log" | grep -v '^{' | grep . | tail -n 1 | cut -c1-140)"
+done
+! ls "$out"/*.failed > /dev/null 2>&1
