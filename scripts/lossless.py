@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mimo_qat.drafting import mean_rounds
 from mimo_qat.provenance import write_json
-from mimo_runtime.bench import conditions, record
+from mimo_runtime.bench import conditions, record, whole_rounds
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter
@@ -36,12 +37,6 @@ def randomised(drafter: Drafter) -> Drafter:
     fc = noise(drafter.fc)
     assert fc is not None
     return replace(drafter, fc=fc, layers=tuple(layers))
-
-
-def acceptance(runs: list[Generation]) -> float:
-    """Committed tokens a verification, pooled, without the rounds that the end of a text cut."""
-    rounds = [r for run in runs for r in run.rounds if not r.cut]
-    return sum(r.accepted + 1 for r in rounds) / len(rounds)
 
 
 def records(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -89,8 +84,9 @@ def main() -> int:
     result = {}
     for way, found in runs.items():
         same = sum(run.tokens == tokens for run, tokens in zip(found, plain, strict=True))
-        result[way] = {"identical": same, "of": len(plain), "acceptance_length": acceptance(found)}
-        print(f"{way:16} {same}/{len(plain)} identical, acceptance length {acceptance(found):.2f}")
+        length = mean_rounds([whole_rounds(run) for run in found])
+        result[way] = {"identical": same, "of": len(plain), "acceptance_length": length}
+        print(f"{way:16} {same}/{len(plain)} identical, acceptance length {length:.2f}")
     ok = all(row["identical"] == row["of"] for row in result.values())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     document = {"ok": ok, "tokens": sum(map(len, plain)), "ways": result, "conditions": conditions(engine, settings)}

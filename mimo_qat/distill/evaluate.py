@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
 from mimo_qat.distill.taps import Taps
+from mimo_qat.drafting import bootstrap_interval, distinct_3, lookup_rounds, mean_rounds, survival
 
 
 @dataclass
@@ -102,52 +103,6 @@ def greedy(target: Any, prompt: Sequence[int], max_new_tokens: int, eos_token_id
     return tokens
 
 
-def ngram_rounds(prompt: Sequence[int], tokens: Sequence[int], block_size: int, longest: int = 3) -> list[int]:
-    """Rounds that prompt lookup would have needed for the same text: a drafter without weights.
-
-    It proposes what followed the latest earlier occurrence of the last 3, 2 or 1 tokens. Speculation never changes the
-    text, so a replay over the known tokens is exact. A repetitive text scores high here as well.
-    """
-    text, at, rounds = [*prompt, *tokens], len(prompt) + 1, []
-    latest: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence that ends before `at` ends
-    indexed = 0
-    while at < len(text):
-        for end in range(indexed + 1, at):
-            latest |= {tuple(text[end - n : end]): end for n in range(1, longest + 1) if end >= n}
-        indexed = at - 1
-        tails = (tuple(text[at - n : at]) for n in range(min(longest, at - 1), 0, -1))
-        found = next((latest[tail] for tail in tails if tail in latest), None)
-        proposal = text[found : min(found + block_size - 1, at)] if found is not None else []
-        accepted = 0
-        while accepted < len(proposal) and at + accepted < len(text) and proposal[accepted] == text[at + accepted]:
-            accepted += 1
-        if at + accepted + 1 <= len(text):
-            rounds.append(accepted + 1)
-        at += accepted + 1
-    return rounds
-
-
-def distinct_3(tokens: Sequence[int]) -> float:
-    """Share of different trigrams; below 0.3 a text is looping. 1.0 for fewer than three tokens."""
-    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
-    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
-
-
-def mean_rounds(rounds: Sequence[Sequence[int]]) -> float:
-    """Pooled acceptance length: all committed tokens / all verifications (1.0 without any)."""
-    count = sum(len(r) for r in rounds)
-    return sum(sum(r) for r in rounds) / count if count else 1.0
-
-
-def bootstrap_interval(rounds: Sequence[Sequence[int]], draws: int = 1000) -> list[float]:
-    """95 % interval of the pooled acceptance length, resampling whole prompts."""
-    sums = torch.tensor([[sum(r), len(r)] for r in rounds], dtype=torch.float64)
-    picks = torch.randint(len(rounds), (draws, len(rounds)), generator=torch.Generator().manual_seed(0))
-    pooled = sums[picks].sum(1)
-    ratio = pooled[:, 0] / pooled[:, 1].clamp(min=1)
-    return [round(q, 3) for q in torch.quantile(ratio, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()]
-
-
 def evaluate(
     target: Any,
     drafter: Any,
@@ -176,9 +131,7 @@ def evaluate(
         if compare_greedy:
             same += one.tokens == greedy(target, prompt, max_new_tokens, ends)
     rounds, size = [d.rounds for d in decoded], drafter.config.block_size
-    flat = [r for one in rounds for r in one]
-    survival = [sum(r > k for r in flat) / max(1, len(flat)) for k in range(1, size)]
-    lookup = [ngram_rounds(p, d.tokens, size) for p, d in zip(prompts, decoded, strict=True)]
+    lookup = [lookup_rounds(p, d.tokens, size) for p, d in zip(prompts, decoded, strict=True)]
     per_prompt = [sum(r) / len(r) for r in rounds if r]
     return {
         "acceptance_length": round(mean_rounds(rounds), 4),
@@ -186,12 +139,12 @@ def evaluate(
         "acceptance_length_mean_over_prompts": round(sum(per_prompt) / max(1, len(per_prompt)), 4),
         "acceptance_length_by_prompt": [round(a, 3) for a in per_prompt],
         "cap": size,
-        "survival": [round(s, 4) for s in survival],
+        "survival": [round(s, 4) for s in survival(rounds, size)[0]],
         "ngram_acceptance_length": round(mean_rounds(lookup), 4),
         "distinct_3": round(sum(distinct_3(d.tokens) for d in decoded) / len(decoded), 4),
         "prompts": len(prompts),
         "tokens": sum(len(d.tokens) for d in decoded),
-        "verifications": len(flat),
+        "verifications": sum(map(len, rounds)),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seconds": round(time.perf_counter() - start, 2),

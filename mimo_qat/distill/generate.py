@@ -29,7 +29,7 @@ from mimo_qat.checkpoint.reader import load_model
 from mimo_qat.corpora import CORPORA, digest
 from mimo_qat.data import hash_of, is_held_out, load_tokenizer, prompt_of, read_rows, write_rows
 from mimo_qat.distill.decoder import Decoded, Decoder, Job
-from mimo_qat.distill.evaluate import distinct_3
+from mimo_qat.drafting import distinct_3
 from mimo_qat.provenance import write_json, write_provenance
 
 LOOPING = 0.3  # distinct-3 below which an answer counts as looping

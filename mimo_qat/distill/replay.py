@@ -12,17 +12,16 @@ cuts short counts up to an end-of-sequence token, and not at all where the text 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from mimo_qat.distill.blocks import blocks_at, valid_anchors
-from mimo_qat.distill.evaluate import bootstrap_interval, distinct_3, mean_rounds, ngram_rounds
 from mimo_qat.distill.generate import LOOPING
 from mimo_qat.distill.taps import Taps
 from mimo_qat.distill.train import draft_rows
+from mimo_qat.drafting import bootstrap_interval, distinct_3, lookup_rounds, mean_rounds, survival
 from mimo_qat.models.draft_tree import (
     TOP_K,
     Candidates,
@@ -257,21 +256,21 @@ def summary(texts: Sequence[Text], cap: int, top_k: int = TOP_K) -> dict[str, An
     if not any(t.rounds["chain"] for t in kept):
         return out
     rounds = [t.rounds["chain"] for t in kept]
-    flat, means = [r for one in rounds for r in one], [sum(r) / len(r) for r in rounds if r]
-    reached = [sum(r > k for r in flat) for k in range(cap)]
+    means = [sum(r) / len(r) for r in rounds if r]
+    shares, hits = survival(rounds, cap)
     seen = torch.stack([t.seen for t in kept]).sum(0).clamp(min=1)
     recall = (torch.stack([t.hits for t in kept]).sum(0) / seen).tolist()
     tokens = sum(len(t.tokens) for t in kept)
     trees = [n for n in kept[0].rounds if n.startswith("tree ")]
-    lookup = [ngram_rounds(t.prompt, t.tokens, cap) for t in kept]
+    lookup = [lookup_rounds(t.prompt, t.tokens, cap) for t in kept]
     return out | {
         "tokens": tokens,
-        "verifications": len(flat),
+        "verifications": sum(map(len, rounds)),
         "acceptance_length": _length(kept, "chain"),
         "acceptance_length_ci95": bootstrap_interval(rounds),
         "acceptance_length_mean_over_prompts": round(sum(means) / len(means), 4),
-        "survival": [round(n / len(flat), 4) for n in reached[1:]],
-        "hit_rate": [round(n / before, 4) if before else None for before, n in pairwise(reached)],
+        "survival": [round(s, 4) for s in shares],
+        "hit_rate": [None if h is None else round(h, 4) for h in hits],
         "recall_at_1": [round(x, 4) for x in recall[0]],
         f"recall_at_{top_k}": [round(x, 4) for x in recall[1]],
         f"oracle_{top_k}": _length(kept, "oracle"),

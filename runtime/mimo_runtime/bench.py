@@ -9,7 +9,6 @@ measures a published geometry without its weights. The last line is one JSON doc
 its "records" are the figures for model cards and docs/results/.
 """
 
-import random
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mimo_qat.drafting import bootstrap_interval, distinct_3, lookup_rounds, mean_rounds, survival
 from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_runtime.breakdown import broken_down, plot_breakdown, print_breakdown
 from mimo_runtime.config import BenchConfig
@@ -33,57 +33,29 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}  # logit gap that rounding can tu
 SYNTHETIC_PROMPTS = 3
 
 
-def acceptance(accepted: Sequence[Sequence[int]], block: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Statistics of accepted drafts, one list of rounds a prompt; lengths are tokens a verification, bonus included.
-
-    `length` is pooled over rounds, which is what speed follows; its 95 % interval is a bootstrap over prompts.
-    `survival[k]` is the share of rounds that accept at least k + 1 drafts, `hit_rate[k]` the share that does so among
-    those that accepted k.
-    """
-    rounds = [a for prompt in accepted for a in prompt]
-    if not rounds:
+def acceptance(rounds: Sequence[Sequence[int]], block: int) -> dict[str, Any]:
+    """Statistics of rounds (`mimo_qat.drafting`), one list a prompt. `survival[k]` is the share of rounds that accept
+    at least k + 1 drafts, `hit_rate[k]` the share that does so among those that accepted k."""
+    prompts = [r for r in rounds if r]
+    if not prompts:
         return {"length": None, "rounds": 0, "cap": block}
-    prompts = [p for p in accepted if p]
-    rng, means = random.Random(seed), []
-    for _ in range(resamples):
-        drawn = rng.choices(prompts, k=len(prompts))
-        means.append(1 + sum(map(sum, drawn)) / sum(map(len, drawn)))
-    means.sort()
-    survival = [sum(a > k for a in rounds) / len(rounds) for k in range(block - 1)]
-    reached = [1.0, *survival[:-1]]
+    shares, hits = survival(prompts, block)
     return {
-        "length": 1 + sum(rounds) / len(rounds),
-        "ci95": [means[int(0.025 * (resamples - 1))], means[int(0.975 * (resamples - 1))]],
-        "length_mean_of_prompts": sum(1 + sum(p) / len(p) for p in prompts) / len(prompts),
+        "length": mean_rounds(prompts),
+        "ci95": bootstrap_interval(prompts),
+        "length_mean_of_prompts": statistics.fmean(sum(p) / len(p) for p in prompts),
         "cap": block,
-        "rounds": len(rounds),
-        "survival": survival,
-        "hit_rate": [s / r if r else None for s, r in zip(survival, reached, strict=True)],
+        "rounds": sum(map(len, prompts)),
+        "survival": shares,
+        "hit_rate": hits,
     }
 
 
-def lookup_rounds(prompt: Sequence[int], tokens: Sequence[int], block: int, longest: int = 3) -> list[int]:
-    """Accepted drafts a round if the drafter were a copier: the continuation of the latest earlier occurrence of the
-    last 3 (else 2, else 1) tokens. It needs no model, so a drafter has to beat it."""
-    text, at, rounds = [*prompt, *tokens], len(prompt) + 1, []
-    seen: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence before `at` ends
-    indexed = 0
-    while at + block - 1 <= len(text):
-        for end in range(indexed + 1, at):
-            seen |= {tuple(text[end - n : end]): end for n in range(1, longest + 1) if end >= n}
-        indexed = at - 1
-        found = next((seen[k] for n in range(longest, 0, -1) if (k := tuple(text[at - n : at])) in seen), None)
-        drafts = text[found:at][: block - 1] if found is not None else []
-        wrong = next((i for i, d in enumerate(drafts) if d != text[at + i]), len(drafts))
-        rounds.append(wrong)
-        at += wrong + 1
-    return rounds
-
-
-def distinct(tokens: Sequence[int], n: int = 3) -> float:
-    """Share of different n-grams; a text that loops is far below 1 and flatters every drafter."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+def whole_rounds(generation: Generation) -> list[int]:
+    """Tokens of each round that the budget did not cut; a stop token ends a round as it ends the text."""
+    rounds = generation.rounds
+    last = len(rounds) - 1 if generation.finish == "stop" else None
+    return [len(r.tokens) for i, r in enumerate(rounds) if not r.cut or i == last]
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -116,7 +88,7 @@ def _summary(runs: list[dict[str, Any]], block: int) -> dict[str, Any]:
         "plain_tokens_per_second": _speed(plain),
         "plain_step_ms": _step(plain),
         "prefill_tokens_per_second": sum(len(r["ids"]) for r in runs) / sum(g.prefill_seconds for g in plain),
-        "distinct_3": sum(distinct(g.tokens) for g in plain) / len(plain),
+        "distinct_3": sum(distinct_3(g.tokens) for g in plain) / len(plain),
         "lookup_length": acceptance([lookup_rounds(r["ids"], r["plain"].tokens, block) for r in runs], block)["length"],
     }
     if "drafted" in runs[0]:
@@ -132,7 +104,7 @@ def _drafting(drafted: list[Generation], plain: float, block: int) -> dict[str, 
         "tokens_per_second": speed,
         "step_ms": _step(drafted),
         "speedup": speed / plain,
-        "acceptance": acceptance([[x.accepted for x in g.rounds if not x.cut] for g in drafted], block),
+        "acceptance": acceptance([whole_rounds(g) for g in drafted], block),
     }
 
 

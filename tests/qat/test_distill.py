@@ -289,21 +289,6 @@ def test_sampling_with_equality_acceptance_is_the_targets_distribution(tiny_conf
     assert 0 < accepted < draws  # both paths were taken
 
 
-def test_ngram_rounds_by_hand():
-    # "1 2 3 1 2 3 1 2 3": after the first generated token (1) the lookup knows the rest of the cycle.
-    assert decode.ngram_rounds([1, 2, 3], [1, 2, 3, 1, 2, 3], 4) == [4]
-    assert decode.ngram_rounds([1, 2, 3], [1, 2, 3, 1, 2, 3], 3) == [3]
-    assert decode.ngram_rounds([7], [1, 2, 3], 4) == [1, 1]
-    assert decode.ngram_rounds([5, 9], [5, 8, 4], 4) == [1, 1]  # proposes 9 after 5, which is wrong
-
-
-def test_distinct_3_and_pooling_by_hand():
-    assert decode.distinct_3([1, 2, 3, 1, 2, 3, 1]) == 3 / 5 and decode.distinct_3([1]) == 1.0
-    assert decode.mean_rounds([[1, 1, 1, 1], [4]]) == 8 / 5
-    low, high = decode.bootstrap_interval([[1, 1, 1, 1], [4], [2, 2]])
-    assert 1.0 <= low < 12 / 7 < high <= 4.0
-
-
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "head"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def test_one_sequence_learned_by_heart_is_accepted_whole(tiny_model, tmp_path, device, head):

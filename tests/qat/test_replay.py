@@ -204,23 +204,3 @@ def test_survival_plot_needs_curves_and_writes_a_picture(tmp_path):
         plot_survival({}, tmp_path / "x.png")
     path = plot_survival({"code": [0.9, 0.5], "chat": [0.6, 0.2]}, tmp_path / "x.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_ngram_lookup_equals_a_search_of_the_whole_text():
-    generator = torch.Generator().manual_seed(0)
-    prompt, tokens = (torch.randint(0, 4, (n,), generator=generator).tolist() for n in (20, 150))
-    text, at, expected = prompt + tokens, 21, []
-    while at < len(text):
-        proposal: list[int] = []
-        for n in (3, 2, 1):
-            ends = [e for e in range(n, at) if text[e - n : e] == text[at - n : at]]
-            if ends:
-                proposal = text[ends[-1] : at][: SIZE - 1]
-                break
-        right = 0
-        while right < len(proposal) and text[at + right : at + right + 1] == [proposal[right]]:
-            right += 1
-        if at + right < len(text):
-            expected.append(right + 1)
-        at += right + 1
-    assert decode.ngram_rounds(prompt, tokens, SIZE) == expected and max(expected) > 2
