@@ -50,11 +50,11 @@ def divergence(logits_RV: torch.Tensor, other_RV: torch.Tensor) -> tuple[torch.T
         from . import head_loss_triton
 
         return head_loss_triton.divergence(logits_RV, other_RV)
-    logits_RV, other_RV = logits_RV.float(), other_RV.float()
-    lse_R, other_lse_R = logits_RV.logsumexp(-1), other_RV.logsumexp(-1)
-    log_p, log_q = other_RV - other_lse_R[:, None], logits_RV - lse_R[:, None]
+    # Not logits - lse: both are large, and a small KL would be what their rounding leaves.
+    log_q, log_p = logits_RV.float().log_softmax(-1), other_RV.float().log_softmax(-1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1), lse_R, other_lse_R
+    kl_R = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return kl_R, logits_RV.float().logsumexp(-1), other_RV.float().logsumexp(-1)
 
 
 def divergence_gradient_(
@@ -72,9 +72,8 @@ def divergence_gradient_(
         from . import head_loss_triton
 
         return head_loss_triton.divergence_gradient_(logits_RV, labels_R, lse_R, ce_weight_R, other)
-    other_RV, other_lse_R, kl_weight = other
-    q = (logits_RV.float() - lse_R[:, None]).exp()
-    p = (other_RV.float() - other_lse_R[:, None]).exp()
+    other_RV, _, kl_weight = other  # what the sums of `divergence` save the kernels is not worth its rounding here
+    q, p = logits_RV.float().log_softmax(-1).exp(), other_RV.float().log_softmax(-1).exp()
     grad = (kl_weight + ce_weight_R)[:, None] * q - kl_weight * p
     return logits_RV.copy_(grad.scatter_add_(1, labels_R[:, None], -ce_weight_R[:, None]))
 

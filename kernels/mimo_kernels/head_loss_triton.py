@@ -80,13 +80,14 @@ def _divergence(logits, other, kl, lse, other_lse, V, TILE: tl.constexpr):
         dot_L = dot_L * rescale_L + tl.where(e_L > 0, e_L * (y_L - x_L), 0.0)
         q_top_L, p_top_L = q_new_L, p_new_L
     q_top, p_top = tl.max(q_top_L, 0), tl.max(p_top_L, 0)
-    q_lse = q_top + tl.log(tl.sum(q_sum_L * tl.exp(q_top_L - q_top), 0))
     scale_L = tl.exp(p_top_L - p_top)
+    q_sum = tl.sum(q_sum_L * tl.exp(q_top_L - q_top), 0)
     p_sum = tl.sum(p_sum_L * scale_L, 0)
-    p_lse = p_top + tl.log(p_sum)
-    tl.store(kl + row, tl.sum(dot_L * scale_L, 0) / p_sum - (p_lse - q_lse))
-    tl.store(lse + row, q_lse)
-    tl.store(other_lse + row, p_lse)
+    # Maxima and sums apart: the difference of two log-sum-exps near 20 would be off by more than a small KL can bear.
+    apart = (p_top - q_top) + tl.log(p_sum / q_sum)
+    tl.store(kl + row, tl.sum(dot_L * scale_L, 0) / p_sum - apart)
+    tl.store(lse + row, q_top + tl.log(q_sum))
+    tl.store(other_lse + row, p_top + tl.log(p_sum))
 
 
 @triton.jit

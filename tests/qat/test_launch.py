@@ -90,17 +90,13 @@ FSDP2, HOOK, AGAIN = {"sharding": "fsdp2"}, {"engine": "hook"}, {"gradient_check
     ],
 )
 def test_two_processes_learn_what_one_does_and_export_the_same_bytes(learnable, changes):
-    """Half the micro-batches each: the same global batches, gradients that are summed in another order.
-
-    FSDP2 rounds the sum of a micro-batch to BF16 where the parameters are BF16, so those runs drift further apart.
-    """
-    rounded = changes.get("sharding") == "fsdp2" and changes.get("engine") != "hook"
+    """Half the micro-batches each: the same global batches, gradients that are summed in another order."""
     train.main(config(learnable, "one", save_steps=4, eval_steps=1))
     one, reference = curve(learnable / "one"), learnable / "one/checkpoints"
     two = drive(config(learnable, "two", gradient_accumulation_steps=1, **changes), 2, reference)
     assert two["processes"] == 2
     for a, b in zip(one, two["steps"][:4], strict=True):
-        assert a["tokens"] == b["tokens"] and b["kl"] == pytest.approx(a["kl"], rel=3e-2 if rounded else 5e-3)
+        assert a["tokens"] == b["tokens"] and b["kl"] == pytest.approx(a["kl"], rel=5e-3)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
         assert b["flips"] == pytest.approx(a["flips"], rel=2e-2)
     assert two["trained"]["eval_kl"] == pytest.approx(one[-1]["eval_kl"], rel=1e-2)
