@@ -46,7 +46,7 @@ from mimo_qat.models.modeling_dflash import DFlashDraftModel
 from mimo_qat.provenance import commit, hardware, versions, write_json
 
 Batch = dict[str, torch.Tensor]
-ARMS = ("ours_adamw", "ours_muon", "specforge", "speculators")
+ARMS = ("ours_adamw", "ours_muon", "specforge", "speculators", "speculators_eager")
 LAYOUTS = ("packed", "single")
 
 
@@ -191,10 +191,11 @@ class SpecForge:
 class Speculators:
     """speculators: its compiled DFlashDraftModel over float32 weights under autocast, its Muon + AdamW, its clipping.
 
-    It takes one packed row: the batch is laid end to end, with document numbers that stay apart.
+    It takes one packed row: the batch is laid end to end, with document numbers that stay apart. `eager` is its other
+    loss, without a kernel of its own: torch 2.11 cannot compile its model with the fused one.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, eager: bool = False):
         from speculators.losses import resolve_loss_config
         from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig, core, metrics
         from speculators.train.config.schema import OptimizerArgs
@@ -219,7 +220,7 @@ class Speculators:
                 head.weight.copy_(target.get_output_embeddings().weight)
         self.model.to(target.device).train()
         self.call = {
-            "loss_config": resolve_loss_config("ce", "fused" if cuda else "eager"),
+            "loss_config": resolve_loss_config("ce", "fused" if cuda and not eager else "eager"),
             "gamma": default_gamma(c.block_size),
             "max_anchors": c.num_anchors * c.per_device_train_batch_size,
             "per_position_loss_weight": "fixed-exp-decay",
@@ -229,6 +230,7 @@ class Speculators:
         self.facts = provenance("speculators", core, metrics, inspect.getmodule(build_optimizers)) | {
             "optimizer": f"{args.optimizer}, clipped at 1.0",
             "attention": attention,
+            "loss": "eager" if eager or not cuda else "fused",
             "documents": "separate for attention and positions; labels and losses run on across borders",
             "labels": "argmax of the target's own logits, computed in every step",
             "loss_scale": "divided by the number of slots; the other arms divide by the sum of their weights",
@@ -387,7 +389,8 @@ def compare(name: str, layout: str, block_size: int, parts: dict[str, Batch], op
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         target = load_model(config.target, dtype=dtype, device=options.device).eval().requires_grad_(False)
         task = Task(target, rows, start_drafter(config, target, options.mask_token_id), config)
-        arm = {"ours": Ours, "specforge": SpecForge, "speculators": Speculators}[name.partition("_")[0]](task)
+        makers = {"ours": Ours, "specforge": SpecForge, "speculators": Speculators}
+        arm = Speculators(task, eager=True) if name == "speculators_eager" else makers[name.partition("_")[0]](task)
         result |= arm.facts | {"rows": config.per_device_train_batch_size, "anchors_a_row": config.num_anchors}
         result |= train(arm, task, options.warm_up)
         weights = {n: w.detach().to("cpu", torch.float32, copy=True) for n, w in arm.weights().items()}

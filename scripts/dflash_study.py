@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--arms", help="regular expression: only these")
     parser.add_argument("--skip", help="regular expression: not these")
     parser.add_argument("--long_tokens", type=float, default=16e6)
-    parser.add_argument("--short_tokens", type=float, default=2.5e6)
+    parser.add_argument("--short_tokens", type=float, default=1.5e6)
     parser.add_argument("--batch", type=int, default=16, help="packed rows a step")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--anchors", type=int, default=256, help="blocks a row")
