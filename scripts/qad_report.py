@@ -1,7 +1,8 @@
 """python scripts/qad_report.py study-0.json study-1.json --modelopt modelopt.json --out docs/results/qad
 
 Joins what qad_study.py and compare_modelopt.py measured: writes OUT.json (a list of records), OUT.png (gap closed) and
-OUT-tokens.png (gap closed over tokens), and prints the tables of docs/results/qad.md.
+OUT-tokens.png (gap closed over tokens), and prints the tables of docs/results/qad.md. With --keep, records of an earlier
+OUT.json that these files do not measure (step times, ModelOpt) stay, with their own commit and conditions.
 """
 
 import argparse
@@ -136,11 +137,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", help="JSON files of qad_study.py")
     parser.add_argument("--modelopt", help="JSON file of compare_modelopt.py")
+    parser.add_argument("--keep", help="earlier records, for what these files did not measure")
     parser.add_argument("--out", required=True, help="path without suffix")
     options = parser.parse_args()
     doc = join(options.studies)
     modelopt = json.loads(Path(options.modelopt).read_text()) if options.modelopt else None
-    write_json(f"{options.out}.json", records(doc, modelopt))
+    found = records(doc, modelopt)
+    earlier = json.loads(Path(options.keep).read_text()) if options.keep else []
+    names = {record["name"] for record in found}
+    write_json(f"{options.out}.json", found + [r for r in earlier if r["name"] not in names])
     shown = [*BASELINES[1:], "ce short", "qad short", "qad long"]
     print(table(doc, [*BASELINES, "ce short", "qad short", "qad long"]))
     for title, names in TABLES.items():
