@@ -9,6 +9,11 @@ from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.layout import Geometry, default_drafter_config, drafter_tensors, target_tensors
 from mimo_qat.checkpoint.writer import write_bf16_folder, write_index, write_json, write_tensors
 
+# Changes of the tiny geometry that give its matrices the proportions of the published ones: whole FP8 tiles across, and
+# heads that begin at multiples of 64 rows, in chunks that do not end with a tile.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 192, "swa_head_dim": 192}
+WIDE |= {"v_head_dim": 128, "swa_v_head_dim": 128}
+
 
 def published(model, geometry) -> dict[str, torch.Tensor]:
     """The state of a transformers model under per-expert names, every matrix in bfloat16."""
@@ -68,6 +73,7 @@ def drafter_folder(folder: Path, config: dict, *, window: int | None = 24, causa
     """A random drafter with sinks and a mask embedding that matter."""
     draft = default_drafter_config(config, num_hidden_layers=2) | {"layer_types": None} | changes
     draft |= {"sliding_window": window, "use_sliding_window": window is not None, "is_causal": causal}
+    draft["dflash_config"]["block_size"] = draft["block_size"]
     draft["dflash_config"] |= {"swa_window_size": window, "use_swa": window is not None, "causal": causal}
     torch.manual_seed(seed)
     specs = drafter_tensors(draft)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_kernels.linear import Fp8Weight, unpack_fp8
 from mimo_qat.checkpoint.layout import TensorSpec, default_drafter_config, drafter_tensors, parameters, read_json
 from mimo_qat.plan_runtime import runtime_bytes
 from mimo_runtime.bench import ways
@@ -44,14 +45,16 @@ from mimo_runtime.synthetic import (
     random_model,
     random_prompts,
 )
+from tests.runtime.conftest import WIDE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TINY = EngineConfig(device="cpu", dtype="float32", max_len=96, prefill_chunk=16)
 
 
-def made(config: dict, rank: int = 0, size: int = 1, dtype=torch.float32):
-    return random_model(config, default_drafter_config(config), LoadConfig("cpu", dtype, ranks=Ranks(rank, size)))
+def made(config: dict, rank: int = 0, size: int = 1, dtype=torch.float32, **kw):
+    load = LoadConfig("cpu", dtype, ranks=Ranks(rank, size), **kw)
+    return random_model(config, default_drafter_config(config), load)
 
 
 def engine_of(config: dict, cfg: EngineConfig = TINY, **kw) -> SyntheticEngine:
@@ -245,6 +248,21 @@ def test_distinct_experts_of_a_run(tiny_config):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+def test_fp8_matrices_are_codes_and_scales(tiny_config):
+    """Shares of two ranks are parts of the same codes, with the same scales; their values have the scale of all."""
+    config = tiny_config | WIDE
+    ways = {"dtype": torch.bfloat16, "linears": "kernel"}
+    whole, values = made(config, **ways)[0].layers[0], made(config, dtype=torch.bfloat16)[0].layers[0]
+    parts = [made(config, rank, 2, **ways)[0].layers[0] for rank in range(2)]
+    assert torch.equal(unpack_fp8(whole.attention.qkv), values.attention.qkv)
+    assert float(values.attention.qkv.float().std()) == pytest.approx(256**-0.5, rel=0.1)
+    down = [part.mlp.down for part in parts]
+    assert torch.equal(torch.cat([w.codes.view(torch.uint8) for w in down], 1), whole.mlp.down.codes.view(torch.uint8))
+    assert torch.equal(torch.cat([w.scales for w in down], 1), whole.mlp.down.scales)
+    assert torch.equal(torch.cat([unpack_fp8(w) for w in down], 1), values.mlp.down)
+    assert len(whole.mlp.gate_up.scales.unique()) == 2
+
+
 @pytest.mark.parametrize(
     ("size", "dtype", "drafter"), [(1, "float32", "auto"), (2, "bfloat16", "auto"), (2, "float32", None)]
 )
@@ -252,12 +270,15 @@ def test_a_dry_run_says_what_is_allocated(tiny_config, monkeypatch, size, dtype,
     """Each rank of a real filling, caches of the engine included, against the meta device."""
     monkeypatch.setattr("mimo_runtime.synthetic.CONTEXTS", (96,))
     packed = dtype == "bfloat16"
-    cfg = replace(TINY, dtype=dtype, drafter=drafter, experts="packed" if packed else "plain")
-    weights = 3 * 8 * 3 * (128 * 128 if packed else 96 * 64 // size)  # pages pad both sizes to 128
-    found = memory(tiny_config, default_drafter_config(tiny_config) if drafter else None, size, cfg)
+    kinds = {"experts": "packed", "linears": "kernel"} if packed else {"experts": "plain", "linears": "plain"}
+    cfg = replace(TINY, dtype=dtype, drafter=drafter, **kinds)
+    config = tiny_config | WIDE if packed else tiny_config
+    weights = 3 * 8 * 3 * (256 * 128 if packed else 96 * 64 // size)  # pages pad both sizes to 128
+    found = memory(config, default_drafter_config(config) if drafter else None, size, cfg)
     for rank in range(size):
         monkeypatch.setattr("mimo_runtime.engine.connect", lambda *a, rank=rank: Ranks(rank, size))
-        engine = engine_of(tiny_config, cfg)
+        engine = engine_of(config, cfg)
+        assert isinstance(engine.target.layers[0].attention.qkv, Fp8Weight) == packed
         experts = [layer.mlp.experts for layer in engine.target.layers if isinstance(layer.mlp, Moe)]
         assert allocated(engine.target) == found["experts"] + found["spine"]
         assert allocated(experts) == found["experts"] == weights * (17 / 32 if packed else 4)
@@ -270,10 +291,11 @@ def test_a_dry_run_says_what_is_allocated(tiny_config, monkeypatch, size, dtype,
 def test_the_planner_agrees(name, size):
     """`mimo-qat plan --runtime` counts without torch; with a spine kept in BF16 it has to count the same.
 
-    But for a few kilobytes: in memory sinks are float32 instead of BF16, and the drafter has a mask embedding.
+    But for a few kilobytes: in memory sinks are float32 instead of BF16, and the drafter has a mask embedding. A spine
+    of FP8 codes is half of that, and its scales, one for 64 rows and 128 columns.
     """
     config = model_config(name, None)
-    found = memory(config, default_drafter_config(config), size, EngineConfig())
+    found = memory(config, default_drafter_config(config), size, EngineConfig(linears="plain"))
     plan = runtime_bytes(config, size, list(CONTEXTS), 256, experts="mxfp4", spine="bf16")
     assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"]
     heads, sliding = (64, 39) if name == "flash" else (128, 60)
@@ -282,6 +304,14 @@ def test_the_planner_agrees(name, size):
     sinks = 5 * (4 * heads // size - 2 * heads)
     assert found["drafter"] == plan["drafter"] + 2 * config["hidden_size"] + sinks
     assert found["kv"] == plan["kv"]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    matrices = [(2 * inner // size, hidden), (hidden, inner // size)]
+    for swa in config["hybrid_layer_pattern"]:
+        kv = config["swa_num_key_value_heads" if swa else "num_key_value_heads"]
+        matrices.append((heads // size * 192 + max(kv // size, 1) * (192 + 128), hidden))
+    saved = sum(n * k - n // 64 * (k // 128) * 4 for n, k in matrices)
+    codes = memory(config, default_drafter_config(config), size, EngineConfig())
+    assert codes == found | {"spine": found["spine"] - saved}
 
 
 def test_dry_run_command(tiny_config, tmp_path, capsys):
@@ -322,6 +352,18 @@ def test_bytes_of_a_round_by_hand(tiny_config):
     parts = [target_bytes(t, [5.0] * 3, 8, 50) for t in half]
     router = 3 * 8 * 96 * 4
     assert all(parts[0][k] + parts[1][k] == by_hand[k] + router * (k == "dense") for k in by_hand)
+
+
+def test_bytes_of_fp8_codes_by_hand(tiny_config):
+    """Codes take a byte, and every 64 rows and 128 columns have four bytes of scale; o_proj and head stay BF16."""
+    target, drafter = made(tiny_config | WIDE, dtype=torch.bfloat16, linears="kernel")
+    read = target_bytes(target, [5.0] * 3, 8, 50)
+    qkv = [4 * 192 + kv * (192 + 128) for kv in (2, 4, 4, 2)]
+    codes = 256 + 4 * 2 / 64  # of a row of QKV, with its part of the scales
+    assert read["attention"] == sum(codes * n + 2 * 4 * 128 * 256 for n in qkv)
+    assert read["dense"] == 3 * (512 * 256 + 8 * 4 * 2) + 3 * 8 * 256 * 4 and read["head"] == 512 * 256 * 2
+    plain = made(tiny_config | WIDE, dtype=torch.bfloat16)
+    assert drafter_bytes(target, drafter, 50) == drafter_bytes(*plain, 50)
 
 
 def test_phases_by_hand(monkeypatch):
