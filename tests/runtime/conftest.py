@@ -40,6 +40,22 @@ def round_to_bf16(model) -> None:
                 t.copy_(t.bfloat16())
 
 
+def storable_model(config: dict):
+    """A random float32 model of a configuration, whose values a BF16 file holds exactly."""
+    from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+    from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    torch.manual_seed(0)
+    model = MiMoV2ForCausalLM(MiMoV2Config(**config)).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("attention_sink_bias"):
+            tensor.data.normal_()
+        elif name.endswith("e_score_correction_bias"):
+            tensor.normal_(std=0.1)
+    round_to_bf16(model)
+    return model
+
+
 def reference_folder(folder: Path, config: dict, model) -> Path:
     tensors = published(model, Geometry.from_config(config))
     specs = target_tensors(config, experts="bf16", spine="bf16", mtp_layers=0)
@@ -102,23 +118,7 @@ def one_thread():
 
 @pytest.fixture
 def make_model():
-    """config -> a random float32 model whose values a BF16 file holds exactly."""
-
-    def make(config: dict):
-        from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
-        from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
-
-        torch.manual_seed(0)
-        model = MiMoV2ForCausalLM(MiMoV2Config(**config)).eval()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("attention_sink_bias"):
-                tensor.data.normal_()
-            elif name.endswith("e_score_correction_bias"):
-                tensor.normal_(std=0.1)
-        round_to_bf16(model)
-        return model
-
-    return make
+    return storable_model
 
 
 @pytest.fixture

@@ -131,11 +131,28 @@ def test_ranks_decode_the_tokens_of_one_process(tmp_path, tiny_config):
     spec.loader.exec_module(ranked)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config))
-    alone = ranked.decoded(model_config(str(path), None), True)
-    found = processes(2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out")})
+    alone = ranked.decoded(model_config(str(path), None), True, {})
+    found = processes(2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out"), "settings": {}})
     assert found == [json.loads(json.dumps(alone))] * 2
     assert len({tuple(t) for t in alone["tokens"]}) == 2  # one text for each temperature
     assert len(set(alone["tokens"][0])) > 12  # not a loop
+
+
+def test_ranks_with_codes_decode_the_tokens_of_plain_matrices(tmp_path, tiny_config):
+    """Two processes of FP8 codes and BF16 kernels, all ways to draft; greedy tokens are those of one process with plain
+    matrices, up to a near tie."""
+    config, path = tiny_config | WIDE, tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    settings = {"dtype": "bfloat16", "linears": "kernel"}
+    left, right = processes(
+        2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out"), "settings": settings}
+    )
+    assert left == right and len({tuple(t) for t in left["tokens"]}) == 2  # one text for each temperature
+    prompt, tokens = random_prompts(512, 20, 1, seed=3)[0], left["tokens"][0]
+    plain = engine_of(config, replace(TINY, dtype="bfloat16", linears="plain"), uniform_routing=True)
+    logits = plain.logits(prompt + tokens)[len(prompt) - 1 : -1]
+    behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert behind.max() < 0.1 * logits.std() and (behind == 0).float().mean() > 0.9
 
 
 # --- slices and refusals ----------------------------------------------------------------------------------------------
