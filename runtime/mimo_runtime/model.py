@@ -18,6 +18,7 @@ from mimo_kernels import attention as attention_kernels
 from mimo_kernels import linear as linear_kernels
 from mimo_kernels import moe as moe_kernels
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
+from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, PlainExperts, Target
@@ -26,7 +27,9 @@ from mimo_runtime.weights import KernelWeight, Weight, rows_from
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
 
-MANY_ROWS = 128  # up to here all experts in one product beat a loop over those in use, on a GPU
+# Up to here, on a GPU, all plain experts in one product beat a loop over those in use, and packed ones are read 16 rows
+# at a time; decoding a layer's codes costs about what eight such passes do.
+MANY_ROWS = 128
 
 
 def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
@@ -95,7 +98,13 @@ def every_expert(experts: PlainExperts, x: torch.Tensor, combine: torch.Tensor) 
 def packed_experts(
     experts: PackedExperts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same sums, of at most 16 rows at a time: x [T, H], ids and weights [T, k] -> bfloat16 [T, H]."""
+    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H].
+
+    Up to `MANY_ROWS`, as in a round with a tree, the kernels of a decode step take 16 rows at a time; more rows, as in
+    a prefill, are worth decoding the experts.
+    """
+    if len(x) > MANY_ROWS:
+        return moe_many(x, chosen, weights, experts)
     parts = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
     return torch.cat([moe_kernels.moe(*part, experts=experts) for part in parts])
 
