@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from . import mxfp4
 from .moe import PackedExperts, unpack_experts
 
-_VALUES = 1 << 28  # decoded at once: 512 MiB
+_VALUES = 1 << 27  # decoded at once: 256 MiB, which `mimo_qat.plan_runtime` counts
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def moe_many(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts:
     place[order] = row
     # begins[e] rows belong to experts below e
     begins = torch.searchsorted(chosen, torch.arange(count + 1, device=x.device, dtype=chosen.dtype), out_int32=True)
-    out = torch.empty(len(order), experts.hidden, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(order) + 1, experts.hidden, dtype=x.dtype, device=x.device)  # the last row takes what is none
     step = max(1, _VALUES // (3 * experts.hidden * experts.inter))
     for first in range(0, count, step):
         last = min(first + step, count)
@@ -53,7 +53,7 @@ def moe_many(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts:
         offs = begins[first + 1 : last + 1] - begins[first]
         gate, up = F.grouped_mm(x[order[at] // k], gate_up.transpose(1, 2), offs=offs).chunk(2, dim=-1)
         found = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offs)
-        out[at] = torch.where((row < offs[-1])[:, None], found, out[at])
+        out[at.masked_fill(row >= offs[-1], len(row))] = found
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for slot in range(k):
         total.addcmul_(out[place.view_as(ids)[:, slot]].float(), weights[:, slot, None])
