@@ -45,7 +45,8 @@ tests synthetic tests/gpu/test_synthetic_gpu.py
 tests head-loss tests/gpu/test_head_loss_gpu.py
 for operator in moe attention linear codec; do kernels $operator; done
 bench flash-slice 1 --synthetic flash --layers 12
-bench flash-slice-plain-kernels 1 --synthetic flash --layers 12 --attention plain
+bench flash-slice-plain-attention 1 --synthetic flash --layers 12 --attention plain
+bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain
 bench flash-rank-of-4 1 --synthetic flash --ranks 4
 bench pro-rank-of-8 1 --synthetic pro --ranks 8
 if [ "$gpus" -ge 2 ]; then

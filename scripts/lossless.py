@@ -21,6 +21,7 @@ from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.load import Drafter
 from mimo_runtime.prompts import encode, load_prompts, load_tokenizer
+from mimo_runtime.weights import KernelWeight
 
 
 def randomised(drafter: Drafter) -> Drafter:
@@ -34,7 +35,7 @@ def randomised(drafter: Drafter) -> Drafter:
     for layer in drafter.layers:
         random = {name: noise(value) for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
         layers.append(replace(layer, **{name: value for name, value in random.items() if value is not None}))
-    fc = noise(drafter.fc)
+    fc = noise(drafter.fc.values if isinstance(drafter.fc, KernelWeight) else drafter.fc)
     assert fc is not None
     return replace(drafter, fc=fc, layers=tuple(layers))
 

@@ -35,6 +35,10 @@ class Fp8Weight:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
 
 @torch.no_grad()
 def pack_fp8(
@@ -43,7 +47,7 @@ def pack_fp8(
     """What `linear` takes, of a stored matrix: float8_e4m3fn [N, K] and float32 scales as `fp8.quantize` returns them.
 
     `chunk_rows` 1 means one row of scales for every row of codes, as parts of a matrix have them. ValueError where a
-    group of 64 rows has several scales, or K is no multiple of 128.
+    group of 64 rows has several scales (not looked for on the meta device), or K is no multiple of 128.
     """
     expected = fp8.scale_shape(q, chunk_rows)
     if q.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32 or tuple(scale_inv.shape) != expected:
@@ -58,12 +62,27 @@ def pack_fp8(
     row = torch.arange(n, device=q.device)
     tile = row // rows * -(-rows // fp8.BLOCK) + row % rows // fp8.BLOCK
     first = row // GROUP_ROWS * GROUP_ROWS
-    if not torch.equal(scale_inv[tile], scale_inv[tile[first]]):
+    if not q.is_meta and not torch.equal(scale_inv[tile], scale_inv[tile[first]]):
         raise ValueError(
             f"{name}: scales change inside a group of {GROUP_ROWS} rows (chunk_rows={chunk_rows}); "
             "dequantize this weight to BF16"
         )
     return Fp8Weight(q.contiguous(), scale_inv[tile[::GROUP_ROWS]])
+
+
+@torch.no_grad()
+def unpack_fp8(w: Fp8Weight) -> torch.Tensor:
+    """BF16 [N, K]: code * scale in float32, rounded once, which is what `fp8.dequantize` makes of the stored form."""
+    n, k = w.shape
+    scales = w.scales.repeat_interleave(GROUP_ROWS, 0)[:n, :, None]
+    codes = w.codes.to(torch.bfloat16).view(n, k // fp8.BLOCK, fp8.BLOCK)  # exact
+    # The product rounds into `out`, so that a GPU writes no float32 copy of the matrix.
+    return torch.mul(codes, scales, out=torch.empty_like(codes)).view(n, k)
+
+
+def fits(w: torch.Tensor) -> bool:
+    """Whether `linear` takes such a matrix of values: contiguous BF16 [N, K], K a multiple of 64."""
+    return w.dtype == torch.bfloat16 and w.ndim == 2 and w.shape[1] % 64 == 0 and w.is_contiguous()
 
 
 @torch.no_grad()
@@ -82,7 +101,7 @@ def linear(x: torch.Tensor, w: torch.Tensor | Fp8Weight) -> torch.Tensor:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {w.shape[1]}]")
     if not 1 <= len(x) <= MAX_TOKENS:
         raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use torch's linear for more")
-    if isinstance(w, torch.Tensor) and (w.dtype != torch.bfloat16 or w.shape[1] % 64 or not w.is_contiguous()):
+    if isinstance(w, torch.Tensor) and not fits(w):
         raise ValueError(f"w: {w.dtype} {list(w.shape)}, expected contiguous torch.bfloat16 [N, multiple of 64]")
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
         from . import linear_triton

@@ -290,7 +290,7 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of all prompts; those of drafting are absent where there was none."""
     settings = made["settings"]
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
-    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", "experts", "attention"]
+    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", "experts", "attention", "linears"]
     if settings["synthetic"] is not None:
         kept += ["synthetic", "layers", "uniform_routing", "prompt_tokens"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}

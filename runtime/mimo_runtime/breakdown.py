@@ -144,14 +144,15 @@ def drafter_bytes(target: Target, drafter: Drafter, context: float) -> int:
     total = drafter.fc.nbytes + target.head.nbytes
     for layer in drafter.layers:
         g = layer.attention.geometry
-        again = g.kv_heads * (g.head_dim + g.v_head_dim) * layer.attention.qkv[0].nbytes
+        qkv = layer.attention.qkv
+        again = g.kv_heads * (g.head_dim + g.v_head_dim) * qkv.nbytes // qkv.shape[0]
         mlp = layer.mlp
         assert isinstance(mlp, Mlp)
         total += _attention_bytes(layer) + again + mlp.gate_up.nbytes + mlp.down.nbytes
         total += sum(c.projection.nbytes for c in (layer.attention_conv, layer.mlp_conv) if c is not None)
     if drafter.selector is not None:
         total += drafter.selector.projection.nbytes
-    return total + _kv_bytes(drafter.layers, context, drafter.block, drafter.fc.element_size())
+    return total + _kv_bytes(drafter.layers, context, drafter.block, drafter.mask_embedding.element_size())
 
 
 def broken_down(

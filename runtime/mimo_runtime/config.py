@@ -21,6 +21,10 @@ class EngineConfig:
     attention: Literal["auto", "kernel", "plain"] = "auto"
     """kernel runs the attention of a round's chain as one or two kernels over the cache, in bfloat16; plain as single
     operations; auto takes the kernel where dtype is bfloat16 and the GPU has compute capability 9 or more"""
+    linears: Literal["auto", "kernel", "plain"] = "auto"
+    """kernel keeps matrices that are stored as block FP8 as codes where their tiles allow it, and multiplies up to 16
+    rows by kernels, in bfloat16; plain decodes them to `dtype` and leaves all products to torch; auto takes the kernel
+    where dtype is bfloat16 and the GPU has compute capability 9 or more"""
     max_len: int = 4096
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int = 256

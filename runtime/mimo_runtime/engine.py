@@ -95,7 +95,7 @@ class Engine:
         folder = Path(folder)
         device = place(cfg.device)
         self.ranks = self._connect(device, cfg)
-        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, cfg.attention, self.ranks)
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, cfg.attention, cfg.linears, self.ranks)
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device

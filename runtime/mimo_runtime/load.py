@@ -1,14 +1,16 @@
 """Reads a release folder (or a BF16 folder) into plain tensors on one device, ready for `mimo_runtime.model`.
 
-Every weight is dequantised once, exactly: MXFP4 experts and the FP8 spine of a release become the values that the file
+Weights are dequantised once, exactly: MXFP4 experts and the FP8 spine of a release become the values that the file
 means, in float32 or rounded once to bfloat16 (MXFP4 values need no rounding). Where there are kernels for it, experts
-stay MXFP4 codes, rearranged once: a quarter of the bytes. The same code reads the unquantised reference, and snaps its
-experts to MXFP4 on request: the plain post-training quantisation that a release competes with.
+stay MXFP4 codes, rearranged once, a quarter of the bytes, and the spine stays FP8 codes, half of them. The same code
+reads the unquantised reference, and snaps its experts to MXFP4 on request: the plain post-training quantisation that a
+release competes with.
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +18,14 @@ import torch
 
 from mimo_kernels import mxfp4
 from mimo_kernels.attention import fits
+from mimo_kernels.linear import pack_fp8
 from mimo_kernels.moe import Experts, PackedExperts, pack_experts
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
 from mimo_qat.models.draft_tree import TOP_K
 from mimo_runtime.parallel import Ranks
-from mimo_runtime.shards import Shards, check_shares, check_target, head_rows, kv_heads, local, part, query_heads
+from mimo_runtime.shards import Box, Shards, check_shares, check_target, head_rows, kv_heads, local, part, query_heads
+from mimo_runtime.weights import Weight, kernel_weight
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Attention:
     window: int | None
     value_scale: float
     eps: float
-    qkv: torch.Tensor
-    o: torch.Tensor
+    qkv: Weight
+    o: Weight
     sink: torch.Tensor | None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
@@ -45,8 +49,8 @@ class Attention:
 class Mlp:
     """Dense SwiGLU: `gate_up` [2I, H] with the gate rows first, `down` [H, I]."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Conv:
     and the projection [2 * 2 * groups, H] that corrects them a row, one value for each group of channels."""
 
     base: torch.Tensor
-    projection: torch.Tensor
+    projection: Weight
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Selector:
     top_k: int
     before: torch.Tensor
     after: torch.Tensor
-    projection: torch.Tensor
+    projection: Weight
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Layer:
     attention_conv: Conv | None = None
     mlp_conv: Conv | None = None
 
-    def weights(self) -> list[torch.Tensor]:
+    def weights(self) -> list[Weight]:
         """The matrices, that is all but a few kilobytes."""
         w = self.mlp
         return [self.attention.qkv, self.attention.o, *(w.weights() if isinstance(w, Moe) else (w.gate_up, w.down))]
@@ -127,7 +131,7 @@ class Target:
     embed: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Weight
     eps: float
     stop_token_ids: tuple[int, ...]
     ranks: Ranks
@@ -146,7 +150,7 @@ class Drafter:
     causal: bool
     vocab_size: int
     eps: float
-    fc: torch.Tensor
+    fc: Weight
     hidden_norm: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
@@ -165,7 +169,7 @@ class Progress:
         self.what, self.steps, self.step, self.bytes, self.began = what, steps, 0, 0, time.perf_counter()
         self.quiet = cfg.ranks.rank > 0 or cfg.device == "meta"
 
-    def advance(self, *tensors: torch.Tensor | None) -> None:
+    def advance(self, *tensors: Weight | None) -> None:
         self.step += 1
         self.bytes += sum(t.nbytes for t in tensors if t is not None)
         last = self.step == self.steps
@@ -181,14 +185,16 @@ class Progress:
 @dataclass(frozen=True)
 class LoadConfig:
     """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `experts` says
-    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, and `attention` whether a target's few rows
-    take those of `mimo_kernels.attention`; `ranks` says whose share is read."""
+    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, `attention` whether a target's few rows
+    take those of `mimo_kernels.attention`, and `linears` whether FP8 matrices stay codes and few rows are multiplied
+    by `mimo_kernels.linear`; `ranks` says whose share is read."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     rtn: mxfp4.Rule | None = None
     experts: str = "plain"
     attention: str = "plain"
+    linears: str = "plain"
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -206,6 +212,18 @@ class LoadConfig:
                 f"{g.v_head_dim}: use plain"
             )
         return possible and (self.attention == "kernel" or (self.attention == "auto" and self.fast))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether products of few rows are a kernel's work; ValueError where they cannot be."""
+        possible = self.dtype == torch.bfloat16
+        if self.linears == "kernel" and not possible:
+            raise ValueError(f"linears kernel needs bfloat16; dtype is {self.dtype}: use plain")
+        return possible and (self.linears == "kernel" or (self.linears == "auto" and self.fast))
+
+    def weight(self, values: torch.Tensor) -> Weight:
+        """A matrix [N, K] in the form of its products."""
+        return kernel_weight(values) if self.multiplies else values
 
     def packs(self, stored: str) -> bool:
         """Whether experts that are `stored` as "mxfp4" or otherwise are packed; ValueError where they cannot be."""
@@ -239,7 +257,7 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     check_target(g, cfg.ranks.size)
     bar = Progress("loading target", g.num_hidden_layers + 1, cfg)
     embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
-    head = embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg)
+    head = cfg.weight(embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg))
     bar.advance(embed, None if g.tie_word_embeddings else head)
     layers = []
     for i in range(g.num_hidden_layers):
@@ -255,17 +273,22 @@ def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
     return tensor.to(cfg.device, copy=True).contiguous()
 
 
+def _matrix(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Weight:
+    """Parts of stored matrices, one below the other, as one."""
+    if cfg.multiplies and shards.stays_fp8(boxes):
+        codes, scales = (t.to(cfg.device) for t in shards.fp8_codes(boxes))
+        return pack_fp8(codes, scales, 1, name=boxes[0][0])
+    return cfg.weight(torch.cat([shards.values(box, cfg.dtype).to(cfg.device) for box in boxes]))  # copies, as `_own`
+
+
 def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer:
     at, geometry = f"model.layers.{i}.", g.layers[i]
 
     def whole(name: str, dtype: torch.dtype = cfg.dtype) -> torch.Tensor:
         return _own(shards.whole(at + name, dtype), cfg)
 
-    def rows(name: str) -> torch.Tensor:
-        return _own(shards.rows(at + name, cfg.dtype), cfg)
-
-    def columns(name: str) -> torch.Tensor:
-        return _own(shards.columns(at + name, cfg.dtype), cfg)
+    def columns(name: str) -> Weight:
+        return _matrix(shards, [shards.column_box(at + name)], cfg)
 
     sink = None
     if geometry.sink:  # a few values, of which the share is cut from the whole
@@ -276,7 +299,7 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
         window=g.sliding_window if geometry.swa else None,
         value_scale=g.attention_value_scale,
         eps=g.layernorm_epsilon,
-        qkv=shards.qkv(i, cfg.dtype).to(cfg.device),
+        qkv=_matrix(shards, shards.qkv_boxes(i), cfg),
         o=columns("self_attn.o_proj"),
         sink=sink,
         kernel=cfg.attends(geometry),
@@ -292,7 +315,8 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
             experts=_experts(shards, i, cfg),
         )
     else:
-        mlp = Mlp(torch.cat((rows("mlp.gate_proj"), rows("mlp.up_proj"))), columns("mlp.down_proj"))
+        gate_up = [shards.row_box(f"{at}mlp.{n}_proj") for n in ("gate", "up")]
+        mlp = Mlp(_matrix(shards, gate_up, cfg), columns("mlp.down_proj"))
     norms = whole("input_layernorm"), whole("post_attention_layernorm")
     return Layer(norms[0], attention, norms[1], mlp, g.layernorm_epsilon)
 
@@ -347,17 +371,17 @@ def drafter_of(
         causal=d.causal,
         vocab_size=min(d.vocab_size, tokenizer_size or d.vocab_size),
         eps=d.rms_norm_eps,
-        fc=weights["fc"],
+        fc=cfg.weight(weights["fc"]),
         hidden_norm=weights["hidden_norm"],
-        layers=tuple(_draft_layer(weights, d, f"layers.{i}.", cfg.ranks) for i in range(d.num_hidden_layers)),
+        layers=tuple(_draft_layer(weights, d, f"layers.{i}.", cfg) for i in range(d.num_hidden_layers)),
         norm=weights["norm"],
         mask_embedding=mask_embedding.to(cfg.device, cfg.dtype),
         ranks=cfg.ranks,
-        selector=_selector(weights, config),
+        selector=_selector(weights, config, cfg),
     )
 
 
-def _selector(weights: dict[str, torch.Tensor], config: dict) -> Selector | None:
+def _selector(weights: dict[str, torch.Tensor], config: dict, cfg: LoadConfig) -> Selector | None:
     """The reader has proved that the tensors are there if and only if the configuration asks for them."""
     at = "candidate_selector."
     if at + "predecessor_codebook" not in weights:
@@ -367,14 +391,14 @@ def _selector(weights: dict[str, torch.Tensor], config: dict) -> Selector | None
         top_k=inner.get("selector_top_k") or config.get("selector_top_k") or TOP_K,
         before=weights[at + "predecessor_codebook"],
         after=weights[at + "successor_codebook"],
-        projection=weights[at + "hidden_projection"],
+        projection=cfg.weight(weights[at + "hidden_projection"]),
     )
 
 
-def _conv(weights: dict[str, torch.Tensor], at: str) -> Conv | None:
+def _conv(weights: dict[str, torch.Tensor], at: str, cfg: LoadConfig) -> Conv | None:
     if at + "base_kernel" not in weights:
         return None
-    return Conv(weights[at + "base_kernel"], weights[at + "kernel_projection"])
+    return Conv(weights[at + "base_kernel"], cfg.weight(weights[at + "kernel_projection"]))
 
 
 def _draft_geometry(d: DraftGeometry) -> LayerGeometry:
@@ -409,21 +433,24 @@ def _draft_share(base: str, t: torch.Tensor, d: DraftGeometry, ranks: Ranks) -> 
     return t
 
 
-def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str, ranks: Ranks) -> Layer:
+def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str, cfg: LoadConfig) -> Layer:
+    def stacked(*names: str) -> Weight:
+        return cfg.weight(torch.cat([weights[at + name] for name in names]))
+
     attention = Attention(
-        geometry=local(_draft_geometry(d), ranks),
+        geometry=local(_draft_geometry(d), cfg.ranks),
         window=d.sliding_window,
         value_scale=d.value_scale,
         eps=d.rms_norm_eps,
-        qkv=torch.cat([weights[f"{at}self_attn.{n}_proj"] for n in "qkv"]),
-        o=weights[at + "self_attn.o_proj"],
+        qkv=stacked(*(f"self_attn.{n}_proj" for n in "qkv")),
+        o=cfg.weight(weights[at + "self_attn.o_proj"]),
         sink=weights[at + "self_attn.attention_sink_bias"].float() if d.sinks else None,
         q_norm=weights[at + "self_attn.q_norm"],
         k_norm=weights[at + "self_attn.k_norm"],
     )
-    mlp = Mlp(torch.cat((weights[at + "mlp.gate_proj"], weights[at + "mlp.up_proj"])), weights[at + "mlp.down_proj"])
+    mlp = Mlp(stacked("mlp.gate_proj", "mlp.up_proj"), cfg.weight(weights[at + "mlp.down_proj"]))
     norms = weights[at + "input_layernorm"], weights[at + "post_attention_layernorm"]
-    convs = _conv(weights, at + "attention_conv."), _conv(weights, at + "mlp_conv.")
+    convs = _conv(weights, at + "attention_conv.", cfg), _conv(weights, at + "mlp_conv.", cfg)
     return Layer(norms[0], attention, norms[1], mlp, d.rms_norm_eps, *convs)
 
 

@@ -15,25 +15,35 @@ import torch
 import torch.nn.functional as F
 
 from mimo_kernels import attention as attention_kernels
+from mimo_kernels import linear as linear_kernels
 from mimo_kernels import moe as moe_kernels
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
+from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.parallel import Ranks
+from mimo_runtime.weights import KernelWeight, Weight, rows_from
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
 
-MANY_ROWS = 128  # up to here all experts in one product beat a loop over those in use, on a GPU
+# Up to here, on a GPU, all plain experts in one product beat a loop over those in use, and packed ones are read 16 rows
+# at a time; decoding a layer's codes costs about what eight such passes do.
+MANY_ROWS = 128
 
 
-def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x [T, in] @ w [out, in]^T -> [T, out], possibly as a transposed view.
+def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
+    """x [T, in] @ w [out, in]^T -> [T, out], possibly as a transposed view; the type of `w` says how (`weights`).
 
     On a CPU in bfloat16 the weight is the left operand: it streams through the matrix units as it lies (measured with
     AMX: 30 GB/s on two cores against 15 for x @ w^T, which repacks the weight at every call), and each row has the
     same bits for every T from 2 to 16.
     """
+    if not isinstance(w, torch.Tensor):
+        held = w.values if isinstance(w, KernelWeight) else w
+        if len(x) <= linear_kernels.MAX_TOKENS:
+            return linear_kernels.linear(x, held)
+        w = held if isinstance(held, torch.Tensor) else linear_kernels.unpack_fp8(held)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > 1:
         return torch.mm(w, x.t()).t()
     return F.linear(x, w)
@@ -44,7 +54,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
 
 
-def swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def swiglu(x: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)), unclamped; gate_up [2I, H] holds the gate rows first."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, down)
@@ -88,7 +98,13 @@ def every_expert(experts: PlainExperts, x: torch.Tensor, combine: torch.Tensor) 
 def packed_experts(
     experts: PackedExperts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same sums, of at most 16 rows at a time: x [T, H], ids and weights [T, k] -> bfloat16 [T, H]."""
+    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H].
+
+    Up to `MANY_ROWS`, as in a round with a tree, the kernels of a decode step take 16 rows at a time; more rows, as in
+    a prefill, are worth decoding the experts.
+    """
+    if len(x) > MANY_ROWS:
+        return moe_many(x, chosen, weights, experts)
     parts = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
     return torch.cat([moe_kernels.moe(*part, experts=experts) for part in parts])
 
@@ -197,7 +213,7 @@ def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
     """
     g = w.geometry
     heads = g.heads if queries else 0
-    qkv = linear(x, w.qkv if queries else w.qkv[g.heads * g.head_dim :])
+    qkv = linear(x, w.qkv if queries else rows_from(w.qkv, g.heads * g.head_dim))
     qk, v = qkv.split(((heads + g.kv_heads) * g.head_dim, g.kv_heads * g.v_head_dim), dim=-1)
     qk = qk.reshape(len(x), heads + g.kv_heads, g.head_dim)
     if w.q_norm is not None and w.k_norm is not None:
@@ -374,7 +390,8 @@ def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:
 
 def new_draft_caches(drafter: Drafter, max_len: int) -> list[RingCache]:
     """Context caches of the drafter, with scratch slots for one block."""
-    kw = {"dtype": drafter.fc.dtype, "device": drafter.fc.device, "scratch": drafter.block}
+    like = drafter.mask_embedding
+    kw = {"dtype": like.dtype, "device": like.device, "scratch": drafter.block}
     caches: list[RingCache] = []
     for layer in drafter.layers:
         g, window = layer.attention.geometry, layer.attention.window

@@ -1,4 +1,4 @@
-"""What one rank reads of a checkpoint: its share of every weight, dequantised exactly, and no other bytes.
+"""What one rank reads of a checkpoint: its share of every weight, as stored or dequantised exactly, and no other bytes.
 
 Attention is shared by heads; where there are fewer key-value heads than ranks, several ranks hold the same one. Every
 expert is striped over all ranks along its intermediate size, so that all ranks do the same work whatever the routing.
@@ -10,16 +10,19 @@ Stored tensors are views of mapped files: what is not in the share is never touc
 because the disk delivers pages; on one host, the page cache reads each page once for all ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from mimo_kernels import fp8, mxfp4
+from mimo_kernels.linear import GROUP_ROWS
 from mimo_kernels.moe import Experts
 from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, e8m0_bytes
 from mimo_runtime.parallel import Ranks
+
+Box = tuple[str, range, range]  # name of a matrix without its ending, and the rows and columns of a part
 
 
 def check_shares(what: str, layers: Iterable[LayerGeometry], sizes: Mapping[str, tuple[int, int]], ranks: int) -> None:
@@ -114,29 +117,55 @@ class Shards:
 
     def rows(self, base: str, dtype: torch.dtype) -> torch.Tensor:
         """A matrix [N, K] -> this rank's rows [N / size, K]."""
-        rows, columns = self._shape(base)
-        return self._box(base, dtype, part(rows, self.ranks.rank, self.ranks.size), range(columns))
+        return self.values(self.row_box(base), dtype)
 
     def columns(self, base: str, dtype: torch.dtype) -> torch.Tensor:
         """A matrix [N, K] -> this rank's columns [N, K / size]."""
-        rows, columns = self._shape(base)
-        return self._box(base, dtype, range(rows), part(columns, self.ranks.rank, self.ranks.size))
+        return self.values(self.column_box(base), dtype)
 
-    def qkv(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """The projection of this rank's heads, [Q | K | V] rows, whichever layout is stored."""
+    def row_box(self, base: str) -> Box:
+        """This rank's rows of a matrix."""
+        rows, columns = self._shape(base)
+        return base, part(rows, self.ranks.rank, self.ranks.size), range(columns)
+
+    def column_box(self, base: str) -> Box:
+        """This rank's columns of a matrix."""
+        rows, columns = self._shape(base)
+        return base, range(rows), part(columns, self.ranks.rank, self.ranks.size)
+
+    def qkv_boxes(self, layer: int) -> list[Box]:
+        """The parts that are, one below the other, the rows [Q | K | V] of this rank's heads; either layout."""
         g, prefix = self.checkpoint.geometry, f"model.layers.{layer}.self_attn."
         columns = range(g.hidden_size)
         if prefix + "qkv_proj.weight" in self.checkpoint:
-            boxes = [(prefix + "qkv_proj", rows) for rows in fused_rows(g, layer, self.ranks)]
-        else:
-            shape = g.layers[layer]
-            kv = kv_heads(shape, self.ranks)
-            boxes = [
-                (prefix + "q_proj", head_rows(query_heads(shape, self.ranks), shape.head_dim)),
-                (prefix + "k_proj", head_rows(kv, shape.head_dim)),
-                (prefix + "v_proj", head_rows(kv, shape.v_head_dim)),
-            ]
-        return torch.cat([self._box(base, dtype, rows, columns) for base, rows in boxes])
+            return [(prefix + "qkv_proj", rows, columns) for rows in fused_rows(g, layer, self.ranks)]
+        shape = g.layers[layer]
+        kv = kv_heads(shape, self.ranks)
+        return [
+            (prefix + "q_proj", head_rows(query_heads(shape, self.ranks), shape.head_dim), columns),
+            (prefix + "k_proj", head_rows(kv, shape.head_dim), columns),
+            (prefix + "v_proj", head_rows(kv, shape.v_head_dim), columns),
+        ]
+
+    def stays_fp8(self, boxes: Sequence[Box]) -> bool:
+        """Whether these parts, one below the other, are stored as block FP8 with borders of tiles only at multiples of
+        64 rows and 128 columns, as `mimo_kernels.linear.pack_fp8` takes them. A matter of shapes: nothing is read."""
+        tiles = []
+        for base, rows, columns in boxes:
+            stored = base + ".weight_scale_inv" in self.checkpoint
+            if not stored or columns.start % fp8.BLOCK or columns.stop % fp8.BLOCK:
+                return False
+            matrix = next(i for i, box in enumerate(boxes) if box[0] == base)
+            tiles.append(self._tiles(base, rows) + (matrix << 32))  # no tile is part of two matrices
+        tile = torch.cat(tiles)
+        return torch.equal(tile, tile[torch.arange(len(tile)) // GROUP_ROWS * GROUP_ROWS])
+
+    def fp8_codes(self, boxes: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes float8_e4m3fn [N, K], scales float32 [N, K / 128]: one row of scales for each row of codes) of parts
+        that stay FP8, one below the other."""
+        codes = torch.cat([self._raw(self._stored(base), *box).view(torch.uint8) for base, *box in boxes])
+        scales = torch.cat([self._scales(base, *box) for base, *box in boxes])
+        return codes.view(torch.float8_e4m3fn), scales
 
     def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up [E, 2I / size, H], gate rows first; down [E, H, I / size]) of one layer's routed experts."""
@@ -177,8 +206,9 @@ class Shards:
         rows, columns = self.checkpoint.spec(self._stored(base)).shape
         return rows, 2 * columns if base + ".weight_scale" in self.checkpoint else columns
 
-    def _box(self, base: str, dtype: torch.dtype, rows: range, columns: range) -> torch.Tensor:
-        """The values [len(rows), len(columns)] of a part of a matrix, as `Checkpoint.weight` gives the whole."""
+    def values(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a part of a matrix, as `Checkpoint.weight` gives the whole; possibly a view of the file."""
+        base, rows, columns = box
         if (len(rows), len(columns)) == self._shape(base):
             return self.whole(base, dtype)
         stored = self._stored(base)
@@ -186,7 +216,7 @@ class Shards:
             return mxfp4.decode(*self._codes(base, rows, columns), dtype, name=base)
         values = self._raw(stored, rows, columns)
         if base + ".weight_scale_inv" in self.checkpoint:
-            return self._scaled(base, dtype, values, (rows, columns))
+            return self._scaled(box, dtype, values)
         if values.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"{stored} is {values.dtype} but has no scale beside it; export the checkpoint again")
         return values.to(dtype)
@@ -197,18 +227,27 @@ class Shards:
         scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
         return codes.contiguous(), e8m0_bytes(scales, base + ".weight_scale").contiguous()
 
-    def _scaled(self, base: str, dtype: torch.dtype, codes: torch.Tensor, box: tuple[range, range]) -> torch.Tensor:
+    def _tiles(self, base: str, rows: range) -> torch.Tensor:
+        """The row of FP8 scales that belongs to each of `rows`."""
+        chunk = self.checkpoint.chunk_rows(base) or self._shape(base)[0]
+        row = torch.arange(rows.start, rows.stop)
+        return row // chunk * -(-chunk // fp8.BLOCK) + row % chunk // fp8.BLOCK
+
+    def _scales(self, base: str, rows: range, columns: range) -> torch.Tensor:
+        """The FP8 scales over a box, float32 [len(rows), column blocks]."""
+        tile = self._tiles(base, rows)
+        first, last = int(tile[0]), int(tile[-1])
+        across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
+        stored = self._raw(base + ".weight_scale_inv", range(first, last + 1), across)
+        return stored[(tile - first).to(stored.device)]
+
+    def _scaled(self, box: Box, dtype: torch.dtype, codes: torch.Tensor) -> torch.Tensor:
         """FP8 codes of a box times their scales, which the codec gets one row each (`chunk_rows` 1).
 
         Codes that begin inside a tile get zeros before them, up to the tile's border.
         """
-        rows, columns = box
-        chunk = self.checkpoint.chunk_rows(base) or self._shape(base)[0]
-        row = torch.arange(rows.start, rows.stop)
-        tile = row // chunk * -(-chunk // fp8.BLOCK) + row % chunk // fp8.BLOCK
-        first, last = int(tile[0]), int(tile[-1])
-        across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
-        scales = self._raw(base + ".weight_scale_inv", range(first, last + 1), across)[tile - first]
+        base, rows, columns = box
+        scales = self._scales(base, rows, columns)
         left = columns.start % fp8.BLOCK
         padded = torch.nn.functional.pad(codes.view(torch.uint8), (left, 0)).view(torch.float8_e4m3fn)
         return fp8.dequantize(padded, scales, 1, dtype, name=base)[:, left:]

@@ -12,7 +12,6 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from mimo_qat.models.draft_tree import (
     Candidates,
@@ -24,6 +23,7 @@ from mimo_qat.models.draft_tree import (
 from mimo_runtime.cache import Position
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.load import Selector
+from mimo_runtime.model import linear
 
 _MASK64 = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # the increment and the finaliser of splitmix64 (Steele, Lea, Flood 2014)
@@ -120,7 +120,7 @@ def draft_candidates(
     if selector is None:
         return marginal_candidates(scores, ids=ids)
     ids, unary = top_candidates(scores, selector.top_k, ids)
-    gate = F.linear(hidden, selector.projection)
+    gate = linear(hidden, selector.projection)
     pairs = transition_scores(unary, ids, gate, anchor, (selector.before, selector.after))
     return Candidates(ids, pairs.log_softmax(-1))
 

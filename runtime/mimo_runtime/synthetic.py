@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import mimo_qat
-from mimo_kernels import mxfp4
+from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.folder import TORCH_DTYPES
 from mimo_qat.checkpoint.layout import (
     DraftGeometry,
@@ -44,7 +44,8 @@ PUBLISHED = {"flash": "mimo-v2.5.json", "pro": "mimo-v2.5-pro.json"}
 CONTEXTS = (8192, 262144, 1048576)
 UNIFORM_PERIOD = 1024  # positions after which uniform routing repeats its choices
 _TABLE, _KEYS = 1 << 20, 1 << 18
-_PIECE = 1 << 26  # values made at once, which bounds the index in between
+_PIECE = 1 << 23  # values made at once; the index in between takes four bytes each
+_FP8_STD = 64.0  # of FP8 codes: 448, the largest, is seven times as much
 
 
 def model_config(model: str, layers: int | None) -> dict[str, Any]:
@@ -86,7 +87,8 @@ class RandomTensors:
 
     A matrix is T[a(row) + b(column)], of a table T of 2^20 standard normal numbers and two sequences of random keys,
     which start where the tensor's name says: an addition and a look-up a value. The scale is 1 / sqrt(columns), and 1
-    for embeddings and sinks. Norms are 1, router biases 0.
+    for embeddings and sinks. Norms are 1, router biases 0. Quantised matrices are random codes, with one of two random
+    scales for each block, so that a scale in the wrong place shows.
     """
 
     def __init__(self, device: str | torch.device):
@@ -103,12 +105,14 @@ class RandomTensors:
         out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out
-        table, filled = self._table(spec), out.view(torch.uint8) if dtype.itemsize == 1 else out
+        table, filled = self._table(spec), out
+        if dtype.itemsize == 1:
+            table, filled = table.view(torch.uint8), out.view(torch.uint8)
         down, across = self._keys(spec.name, rows), self._keys("^" + spec.name, columns)
         many = max(1, _PIECE // len(columns))
         for part, keys in zip(filled.split(many), down.split(many), strict=True):
-            index = (keys[:, None] + across) & (_TABLE - 1)
-            part.copy_(table.index_select(0, index.view(-1)).view(part.shape))
+            index = (keys[:, None] + across).bitwise_and_(_TABLE - 1)
+            torch.index_select(table, 0, index.view(-1), out=part.view(-1))
         return out
 
     def _table(self, spec: TensorSpec) -> torch.Tensor:
@@ -120,10 +124,17 @@ class RandomTensors:
             kind = ("scales", mxfp4_scale_byte(mxfp4.BLOCK * spec.shape[-1]))
         elif spec.dtype == "U8":
             kind = ("codes",)
+        elif spec.dtype == "F8_E4M3":
+            kind = ("values", torch.float8_e4m3fn, _FP8_STD)
+        elif spec.name.endswith(".weight_scale_inv"):
+            # The mean square of the two scales is 2.5 times that of the smaller one.
+            kind = ("fp8 scales", 1 / (_FP8_STD * math.sqrt(2.5 * fp8.BLOCK * spec.shape[-1])))
         if kind not in self.tables:
             bits = self.table.view(torch.int32)
             if kind[0] == "values":
                 self.tables[kind] = (self.table * kind[2]).to(kind[1])
+            elif kind[0] == "fp8 scales":
+                self.tables[kind] = kind[1] * (1 + (bits & 1)).float()
             else:
                 self.tables[kind] = (bits & 255 if kind[0] == "codes" else kind[1] + (bits & 1)).to(torch.uint8)
         return self.tables[kind]
@@ -150,11 +161,11 @@ def mxfp4_scale_byte(columns: int) -> int:
 
 
 class RandomCheckpoint(Checkpoint):
-    """A release of a configuration alone, for `Shards`: MXFP4 experts, everything else in BF16."""
+    """A release of a configuration alone, for `Shards`: MXFP4 experts, and QKV and dense MLPs in block FP8."""
 
     def __init__(self, config: dict[str, Any], tensors: RandomTensors):
         self.config, self.device, self.tensors = config, tensors.device, tensors
-        self.specs = target_tensors(config, experts="mxfp4", spine="bf16", mtp_layers=0)
+        self.specs = target_tensors(config, experts="mxfp4", spine="fp8", mtp_layers=0)
 
     def raw(self, name: str) -> torch.Tensor:
         return self.tensors.whole(self.specs[name])
@@ -254,18 +265,20 @@ def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: in
     Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
     the estimate of `mimo-qat plan --runtime`.
     """
-    packed = cfg.experts != "plain" and cfg.dtype == "bfloat16"  # as on the GPUs that this is asked for
-    load = LoadConfig("meta", DTYPES[cfg.dtype], experts="packed" if packed else "plain", ranks=Ranks(0, size))
+    bf16 = cfg.dtype == "bfloat16"  # then auto means codes, as on the GPUs that this is asked for
+    experts = "packed" if bf16 and cfg.experts != "plain" else "plain"
+    linears = "kernel" if bf16 and cfg.linears != "plain" else "plain"
+    load = LoadConfig("meta", DTYPES[cfg.dtype], experts=experts, linears=linears, ranks=Ranks(0, size))
     target, drafter = random_model(config, draft_config, load)
-    experts = [layer.mlp.experts for layer in target.layers if isinstance(layer.mlp, Moe)]
+    routed = [layer.mlp.experts for layer in target.layers if isinstance(layer.mlp, Moe)]
     rows = max(drafter.block if drafter else BLOCK, cfg.tree_budget + 1)
     kv = {}
     for context in CONTEXTS:
         draft_caches = new_draft_caches(drafter, context) if drafter else []
         kv[str(context)] = allocated([*new_caches(target, context, rows), *draft_caches])
     return {
-        "experts": allocated(experts),
-        "spine": allocated(target) - allocated(experts),
+        "experts": allocated(routed),
+        "spine": allocated(target) - allocated(routed),
         "drafter": allocated(drafter),
         "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk),
         "kv": kv,

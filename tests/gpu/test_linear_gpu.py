@@ -56,6 +56,13 @@ def test_tokens(shape, chunk_rows, generator):
             assert relative_error(linear.linear(x, w), x, w) < 5e-3, (tokens, type(w))
 
 
+def test_unpacked_codes_are_the_dequantised_values(generator):
+    for shape, chunk_rows in ((QKV_FLASH_TP4, None), ((640, 512), 320)):
+        q, scale = fp8.quantize(torch.randn(*shape, generator=generator, device="cuda"), chunk_rows)
+        values = fp8.dequantize(q, scale, chunk_rows)
+        assert torch.equal(linear.unpack_fp8(linear.pack_fp8(q, scale, chunk_rows)), values)
+
+
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_every_tile(tokens, generator):
     from mimo_kernels import linear_triton as lt

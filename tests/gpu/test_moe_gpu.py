@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from mimo_kernels import moe, mxfp4
+from mimo_kernels import moe, moe_many, mxfp4
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,3 +165,26 @@ def test_packing_is_the_same_on_both_devices(generator):
     for name in ("gate_up", "gate_up_scales", "down", "down_scales"):
         assert torch.equal(getattr(packed, name).cpu(), getattr(on_cpu, name))
         assert torch.equal(getattr(moe.unpack_experts(packed), name), getattr(experts, name))
+
+
+@pytest.mark.parametrize("shape", [FLASH_TP4, PRO_TP8, (576, 192), (96, 64)], ids=str)
+def test_decoded_experts_are_their_values(shape, generator):
+    """Bits, subnormal ones included, and of a part of the experts."""
+    experts = random_experts(9, *shape, generator, scales=(0, 129))
+    found = moe_many.decode_experts(moe.pack_experts(experts), 2, 8)
+    codes = [t[2:8] for t in vars(experts).values()]
+    expected = mxfp4.decode(codes[0], codes[1]), mxfp4.decode(codes[2], codes[3])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("tokens", [17, 129, 600])
+def test_many_tokens(tokens, generator, monkeypatch):
+    """In two groups of experts, with experts that nobody chose; the bits of two runs."""
+    experts = random_experts(24, *FLASH_TP4, generator)
+    packed = moe.pack_experts(experts)
+    monkeypatch.setattr(moe_many, "_VALUES", 13 * 3 * 4096 * 512)
+    for x, ids, weights in (random_tokens(tokens, 8, pool, 4096, generator) for pool in (24, 10)):
+        y = moe_many.moe_many(x, ids, weights, packed)
+        assert relative_error(y, x, ids, weights, experts) < 1e-2
+        assert torch.equal(y.view(torch.int16), moe_many.moe_many(x, ids, weights, packed).view(torch.int16))

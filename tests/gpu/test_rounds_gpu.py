@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_kernels.linear import Fp8Weight
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.rounds import Rounds
-from tests.runtime.conftest import drafter_folder, release_folder, round_to_bf16
+from mimo_runtime.weights import KernelWeight
+from tests.runtime.conftest import WIDE, drafter_folder, release_folder, round_to_bf16, storable_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -39,11 +41,9 @@ def with_drafter(release: Path, config: dict, head: bool) -> Path:
     return release
 
 
-def engine_for(folder: Path, dtype: str, graphs: bool, ahead: int) -> Engine:
-    cfg = EngineConfig(
-        device="cuda", dtype=dtype, max_len=256, prefill_chunk=32, cuda_graphs=graphs, rounds_ahead=ahead
-    )
-    return Engine(folder, cfg)
+def engine_for(folder: Path, dtype: str, graphs: bool, ahead: int, **more: str) -> Engine:
+    fields = {"device": "cuda", "dtype": dtype, "max_len": 256, "prefill_chunk": 32}
+    return Engine(folder, EngineConfig(**fields, cuda_graphs=graphs, rounds_ahead=ahead, **more))
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
@@ -74,6 +74,29 @@ def test_drafts_change_no_token_in_graphs(release, tiny_config):
     for sampling in SAMPLINGS:
         settings = SamplingConfig(max_new_tokens=100, **sampling)
         texts = [graphs.generate(PROMPTS[0], settings, **how).tokens for how in WAYS]
+        assert texts == texts[:1] * len(WAYS)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="the kernels need capability 9"
+)
+@pytest.mark.parametrize("block", [8, 16])
+def test_graphs_with_kernels_decode_what_eager_rounds_do(tmp_path, tiny_config, monkeypatch, block):
+    """Matrices for the kernels, FP8 codes among them, in both shapes of the kernels; drafts change no token."""
+    config = tiny_config | WIDE
+    folder = release_folder(tmp_path / "wide", config, storable_model(config))
+    drafter_folder(folder / "dflash", config, block_size=block)
+    eager, graphs = (engine_for(folder, "bfloat16", on, 4 if on else 1, linears="kernel") for on in (False, True))
+    assert isinstance(graphs.target.layers[0].attention.qkv, Fp8Weight)
+    assert isinstance(graphs.drafter.fc, KernelWeight)
+    step = eager._chain_round
+    monkeypatch.setattr(eager, "_chain_round", lambda *how: step(*how[:-1], None))
+    for sampling in SAMPLINGS[:2]:
+        settings = SamplingConfig(max_new_tokens=80, **sampling)
+        texts = []
+        for how in WAYS:
+            texts.append(graphs.generate(PROMPTS[0], settings, **how).tokens)
+            assert eager.generate(PROMPTS[0], settings, **how).tokens == texts[-1]
         assert texts == texts[:1] * len(WAYS)
 
 

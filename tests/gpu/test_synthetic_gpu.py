@@ -12,28 +12,34 @@ from mimo_runtime.breakdown import broken_down, chosen_experts, marked
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.load import LoadConfig, Moe
 from mimo_runtime.synthetic import SyntheticEngine, memory, random_model, random_prompts, tensors_of, uniform
+from tests.runtime.conftest import WIDE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def test_a_gpu_fills_in_the_values_of_the_cpu(tiny_config):
+@pytest.mark.parametrize("linears", ["plain", "kernel"])
+def test_a_gpu_fills_in_the_values_of_the_cpu(tiny_config, linears):
     """Bits of every tensor, and the order of experts of every position."""
-    draft_config = default_drafter_config(tiny_config)
-    cpu, gpu = (random_model(tiny_config, draft_config, LoadConfig(device)) for device in ("cpu", "cuda"))
+    config = tiny_config | WIDE
+    draft_config = default_drafter_config(config)
+    cpu, gpu = (random_model(config, draft_config, LoadConfig(d, linears=linears)) for d in ("cpu", "cuda"))
     pairs = list(zip(tensors_of(cpu), tensors_of(gpu), strict=True))
-    assert len(pairs) > 60 and all(torch.equal(a, b.cpu()) for a, b in pairs)
+    assert len(pairs) > 60 and all(torch.equal(a.float(), b.float().cpu()) for a, b in pairs)
     for a, b in zip(uniform(cpu[0]).layers, uniform(gpu[0]).layers, strict=True):
         assert not isinstance(a.mlp, Moe) or torch.equal(a.mlp.bias, b.mlp.bias.cpu())
 
 
-def test_the_allocator_agrees_with_a_dry_run(tiny_config):
-    """To the 512 bytes that each tensor may take more; nothing that was needed on the way stays."""
+@pytest.mark.parametrize("changes", [{}, WIDE], ids=["no FP8", "FP8"])
+def test_the_allocator_agrees_with_a_dry_run(tiny_config, changes):
+    """To the 512 bytes that each tensor may take more; nothing that was needed on the way stays. A dry run counts codes
+    wherever there are any, which a loader keeps only when it is told to."""
     cfg = BenchConfig(synthetic="x")
-    draft_config = default_drafter_config(tiny_config)
-    found = memory(tiny_config, draft_config, 1, cfg)
+    config = tiny_config | changes
+    draft_config = default_drafter_config(config)
+    found = memory(config, draft_config, 1, cfg)
     gc.collect()
     before = torch.cuda.memory_allocated()
-    model = random_model(tiny_config, draft_config, LoadConfig("cuda"))
+    model = random_model(config, draft_config, LoadConfig("cuda", experts="packed", linears="kernel"))
     gc.collect()
     held = torch.cuda.memory_allocated() - before
     promised = found["experts"] + found["spine"] + found["drafter"]

@@ -47,6 +47,7 @@ def test_reference_is_the_formula(n, chunk_rows):
     assert packed.shape == (n, 256) and packed.scales.shape == (-(-n // 64), 2)
     # float64 of the float32 product of code and scale, as the codec rounds it
     assert relative_error(linear.reference(x, packed, torch.float64), x.double() @ values.T) < 1e-7
+    assert relative_error(linear.unpack_fp8(packed), values) < 3e-3 and linear.unpack_fp8(packed).shape == values.shape
     assert relative_error(linear.linear(x, packed), x.double() @ values.T) < 3e-3
     assert relative_error(linear.linear(x, w), x.double() @ w.double().T) < 3e-3
 

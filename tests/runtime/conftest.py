@@ -9,6 +9,11 @@ from mimo_kernels import fp8, mxfp4
 from mimo_qat.checkpoint.layout import Geometry, default_drafter_config, drafter_tensors, target_tensors
 from mimo_qat.checkpoint.writer import write_bf16_folder, write_index, write_json, write_tensors
 
+# Changes of the tiny geometry that give its matrices the proportions of the published ones: whole FP8 tiles across, and
+# heads that begin at multiples of 64 rows, in chunks that do not end with a tile.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 192, "swa_head_dim": 192}
+WIDE |= {"v_head_dim": 128, "swa_v_head_dim": 128}
+
 
 def published(model, geometry) -> dict[str, torch.Tensor]:
     """The state of a transformers model under per-expert names, every matrix in bfloat16."""
@@ -33,6 +38,22 @@ def round_to_bf16(model) -> None:
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if not name.endswith("correction_bias"):
                 t.copy_(t.bfloat16())
+
+
+def storable_model(config: dict):
+    """A random float32 model of a configuration, whose values a BF16 file holds exactly."""
+    from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+    from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    torch.manual_seed(0)
+    model = MiMoV2ForCausalLM(MiMoV2Config(**config)).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("attention_sink_bias"):
+            tensor.data.normal_()
+        elif name.endswith("e_score_correction_bias"):
+            tensor.normal_(std=0.1)
+    round_to_bf16(model)
+    return model
 
 
 def reference_folder(folder: Path, config: dict, model) -> Path:
@@ -68,6 +89,7 @@ def drafter_folder(folder: Path, config: dict, *, window: int | None = 24, causa
     """A random drafter with sinks and a mask embedding that matter."""
     draft = default_drafter_config(config, num_hidden_layers=2) | {"layer_types": None} | changes
     draft |= {"sliding_window": window, "use_sliding_window": window is not None, "is_causal": causal}
+    draft["dflash_config"]["block_size"] = draft["block_size"]
     draft["dflash_config"] |= {"swa_window_size": window, "use_swa": window is not None, "causal": causal}
     torch.manual_seed(seed)
     specs = drafter_tensors(draft)
@@ -96,23 +118,7 @@ def one_thread():
 
 @pytest.fixture
 def make_model():
-    """config -> a random float32 model whose values a BF16 file holds exactly."""
-
-    def make(config: dict):
-        from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
-        from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
-
-        torch.manual_seed(0)
-        model = MiMoV2ForCausalLM(MiMoV2Config(**config)).eval()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("attention_sink_bias"):
-                tensor.data.normal_()
-            elif name.endswith("e_score_correction_bias"):
-                tensor.normal_(std=0.1)
-        round_to_bf16(model)
-        return model
-
-    return make
+    return storable_model
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""One of several processes that `test_synthetic` starts: argv is {"config": its file, "uniform": bool, "report": path}.
+"""One of several processes that `test_synthetic` starts: argv is {"config": its file, "uniform": bool, "report": path,
+"settings": of the engine}.
 
 Writes the tokens and the experts of every routed layer's last call to REPORT-RANK.json.
 """
@@ -18,9 +19,10 @@ from mimo_runtime.synthetic import SyntheticEngine, model_config, random_prompts
 WAYS = ({"speculate": False}, {}, {"forced_acceptance": [5, 0, 7]})
 
 
-def decoded(config: dict, uniform: bool) -> dict:
+def decoded(config: dict, uniform: bool, settings: dict) -> dict:
     """Tokens of every way to draft, and the experts of the first rounds."""
-    cfg = EngineConfig(device="cpu", dtype="float32", max_len=96, prefill_chunk=16, check_ranks=True)
+    fields = {"device": "cpu", "dtype": "float32", "max_len": 96, "prefill_chunk": 16, "check_ranks": True}
+    cfg = EngineConfig(**(fields | settings))
     engine = SyntheticEngine(config, default_drafter_config(config), cfg, uniform_routing=uniform)
     prompt = random_prompts(engine.target.geometry.vocab_size, 20, 1, seed=3)[0]
     tokens = [
@@ -36,7 +38,7 @@ def decoded(config: dict, uniform: bool) -> dict:
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    found = decoded(model_config(job["config"], None), job["uniform"])
+    found = decoded(model_config(job["config"], None), job["uniform"], job["settings"])
     Path(f"{job['report']}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

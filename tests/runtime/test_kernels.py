@@ -44,17 +44,17 @@ def test_rounding_to_nearest_packs_what_it_would_have_shown(reference):
         assert torch.equal(mxfp4.decode(codes.down, codes.down_scales), values.down)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 21])
+@pytest.mark.parametrize("rows", [1, 8, 21, 150])
 def test_a_forward_pass_with_packed_experts_is_that_with_plain_ones(release, rows):
-    """Up to where the two round: 21 rows are more than the kernels take at a time."""
+    """Up to where the two round: 21 rows are more than the kernels take at a time, and 150 are decoded for."""
     ids = torch.randint(0, 500, (rows,), generator=torch.Generator().manual_seed(rows))
     logits = {}
     for kind in ("plain", "packed"):
         target = load_target(release, LoadConfig("cpu", torch.bfloat16, experts=kind))
         assert isinstance(routed(target)[0], PackedExperts if kind == "packed" else PlainExperts)
-        logits[kind] = target_forward(target, new_caches(target, 64, 32), ids, 0)[0]
+        logits[kind] = target_forward(target, new_caches(target, 160, 160), ids, 0)[0]
     error = (logits["packed"] - logits["plain"]).norm() / logits["plain"].norm()
-    assert 0 < error < 0.02
+    assert error < 0.02 and (rows == 150 or error > 0)
 
 
 def test_drafts_change_no_token_of_packed_experts(release):

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_kernels import moe_many
+from mimo_kernels.linear import Fp8Weight, unpack_fp8
 from mimo_qat.checkpoint.layout import TensorSpec, default_drafter_config, drafter_tensors, parameters, read_json
-from mimo_qat.plan_runtime import runtime_bytes
+from mimo_qat.plan_runtime import _FEW, DECODED_BYTES, runtime_bytes
 from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import (
     POINTS,
@@ -31,7 +33,7 @@ from mimo_runtime.breakdown import (
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.load import LoadConfig, Moe
-from mimo_runtime.model import route
+from mimo_runtime.model import MANY_ROWS, route
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.synthetic import (
     CONTEXTS,
@@ -44,14 +46,16 @@ from mimo_runtime.synthetic import (
     random_model,
     random_prompts,
 )
+from tests.runtime.conftest import WIDE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TINY = EngineConfig(device="cpu", dtype="float32", max_len=96, prefill_chunk=16)
 
 
-def made(config: dict, rank: int = 0, size: int = 1, dtype=torch.float32):
-    return random_model(config, default_drafter_config(config), LoadConfig("cpu", dtype, ranks=Ranks(rank, size)))
+def made(config: dict, rank: int = 0, size: int = 1, dtype=torch.float32, **kw):
+    load = LoadConfig("cpu", dtype, ranks=Ranks(rank, size), **kw)
+    return random_model(config, default_drafter_config(config), load)
 
 
 def engine_of(config: dict, cfg: EngineConfig = TINY, **kw) -> SyntheticEngine:
@@ -128,11 +132,28 @@ def test_ranks_decode_the_tokens_of_one_process(tmp_path, tiny_config):
     spec.loader.exec_module(ranked)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config))
-    alone = ranked.decoded(model_config(str(path), None), True)
-    found = processes(2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out")})
+    alone = ranked.decoded(model_config(str(path), None), True, {})
+    found = processes(2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out"), "settings": {}})
     assert found == [json.loads(json.dumps(alone))] * 2
     assert len({tuple(t) for t in alone["tokens"]}) == 2  # one text for each temperature
     assert len(set(alone["tokens"][0])) > 12  # not a loop
+
+
+def test_ranks_with_codes_decode_the_tokens_of_plain_matrices(tmp_path, tiny_config):
+    """Two processes of FP8 codes and BF16 kernels, all ways to draft; greedy tokens are those of one process with plain
+    matrices, up to a near tie."""
+    config, path = tiny_config | WIDE, tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    settings = {"dtype": "bfloat16", "linears": "kernel"}
+    left, right = processes(
+        2, {"config": str(path), "uniform": True, "report": str(tmp_path / "out"), "settings": settings}
+    )
+    assert left == right and len({tuple(t) for t in left["tokens"]}) == 2  # one text for each temperature
+    prompt, tokens = random_prompts(512, 20, 1, seed=3)[0], left["tokens"][0]
+    plain = engine_of(config, replace(TINY, dtype="bfloat16", linears="plain"), uniform_routing=True)
+    logits = plain.logits(prompt + tokens)[len(prompt) - 1 : -1]
+    behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert behind.max() < 0.1 * logits.std() and (behind == 0).float().mean() > 0.9
 
 
 # --- slices and refusals ----------------------------------------------------------------------------------------------
@@ -245,6 +266,21 @@ def test_distinct_experts_of_a_run(tiny_config):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+def test_fp8_matrices_are_codes_and_scales(tiny_config):
+    """Shares of two ranks are parts of the same codes, with the same scales; their values have the scale of all."""
+    config = tiny_config | WIDE
+    ways = {"dtype": torch.bfloat16, "linears": "kernel"}
+    whole, values = made(config, **ways)[0].layers[0], made(config, dtype=torch.bfloat16)[0].layers[0]
+    parts = [made(config, rank, 2, **ways)[0].layers[0] for rank in range(2)]
+    assert torch.equal(unpack_fp8(whole.attention.qkv), values.attention.qkv)
+    assert float(values.attention.qkv.float().std()) == pytest.approx(256**-0.5, rel=0.1)
+    down = [part.mlp.down for part in parts]
+    assert torch.equal(torch.cat([w.codes.view(torch.uint8) for w in down], 1), whole.mlp.down.codes.view(torch.uint8))
+    assert torch.equal(torch.cat([w.scales for w in down], 1), whole.mlp.down.scales)
+    assert torch.equal(torch.cat([unpack_fp8(w) for w in down], 1), values.mlp.down)
+    assert len(whole.mlp.gate_up.scales.unique()) == 2
+
+
 @pytest.mark.parametrize(
     ("size", "dtype", "drafter"), [(1, "float32", "auto"), (2, "bfloat16", "auto"), (2, "float32", None)]
 )
@@ -252,12 +288,15 @@ def test_a_dry_run_says_what_is_allocated(tiny_config, monkeypatch, size, dtype,
     """Each rank of a real filling, caches of the engine included, against the meta device."""
     monkeypatch.setattr("mimo_runtime.synthetic.CONTEXTS", (96,))
     packed = dtype == "bfloat16"
-    cfg = replace(TINY, dtype=dtype, drafter=drafter, experts="packed" if packed else "plain")
-    weights = 3 * 8 * 3 * (128 * 128 if packed else 96 * 64 // size)  # pages pad both sizes to 128
-    found = memory(tiny_config, default_drafter_config(tiny_config) if drafter else None, size, cfg)
+    kinds = {"experts": "packed", "linears": "kernel"} if packed else {"experts": "plain", "linears": "plain"}
+    cfg = replace(TINY, dtype=dtype, drafter=drafter, **kinds)
+    config = tiny_config | WIDE if packed else tiny_config
+    weights = 3 * 8 * 3 * (256 * 128 if packed else 96 * 64 // size)  # pages pad both sizes to 128
+    found = memory(config, default_drafter_config(config) if drafter else None, size, cfg)
     for rank in range(size):
         monkeypatch.setattr("mimo_runtime.engine.connect", lambda *a, rank=rank: Ranks(rank, size))
-        engine = engine_of(tiny_config, cfg)
+        engine = engine_of(config, cfg)
+        assert isinstance(engine.target.layers[0].attention.qkv, Fp8Weight) == packed
         experts = [layer.mlp.experts for layer in engine.target.layers if isinstance(layer.mlp, Moe)]
         assert allocated(engine.target) == found["experts"] + found["spine"]
         assert allocated(experts) == found["experts"] == weights * (17 / 32 if packed else 4)
@@ -270,18 +309,31 @@ def test_a_dry_run_says_what_is_allocated(tiny_config, monkeypatch, size, dtype,
 def test_the_planner_agrees(name, size):
     """`mimo-qat plan --runtime` counts without torch; with a spine kept in BF16 it has to count the same.
 
-    But for a few kilobytes: in memory sinks are float32 instead of BF16, and the drafter has a mask embedding.
+    But for a few kilobytes: in memory sinks are float32 instead of BF16, and the drafter has a mask embedding. A spine
+    of FP8 codes is half of that, and its scales, one for 64 rows and 128 columns.
     """
     config = model_config(name, None)
-    found = memory(config, default_drafter_config(config), size, EngineConfig())
+    found = memory(config, default_drafter_config(config), size, EngineConfig(linears="plain"))
     plan = runtime_bytes(config, size, list(CONTEXTS), 256, experts="mxfp4", spine="bf16")
-    assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"]
+    assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"] > DECODED_BYTES
     heads, sliding = (64, 39) if name == "flash" else (128, 60)
     assert found["spine"] == plan["spine"] + 2 * heads * sliding
     # A rank keeps its own heads' sinks of a drafter in float32; the plan counts all of them in BF16.
     sinks = 5 * (4 * heads // size - 2 * heads)
     assert found["drafter"] == plan["drafter"] + 2 * config["hidden_size"] + sinks
     assert found["kv"] == plan["kv"]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    matrices = [(2 * inner // size, hidden), (hidden, inner // size)]
+    for swa in config["hybrid_layer_pattern"]:
+        kv = config["swa_num_key_value_heads" if swa else "num_key_value_heads"]
+        matrices.append((heads // size * 192 + max(kv // size, 1) * (192 + 128), hidden))
+    saved = sum(n * k - n // 64 * (k // 128) * 4 for n, k in matrices)
+    codes = memory(config, default_drafter_config(config), size, EngineConfig())
+    assert codes == found | {"spine": found["spine"] - saved}
+
+
+def test_what_the_planner_assumes_of_a_prefill():
+    assert DECODED_BYTES == 2 * moe_many._VALUES and _FEW == MANY_ROWS
 
 
 def test_dry_run_command(tiny_config, tmp_path, capsys):
@@ -322,6 +374,18 @@ def test_bytes_of_a_round_by_hand(tiny_config):
     parts = [target_bytes(t, [5.0] * 3, 8, 50) for t in half]
     router = 3 * 8 * 96 * 4
     assert all(parts[0][k] + parts[1][k] == by_hand[k] + router * (k == "dense") for k in by_hand)
+
+
+def test_bytes_of_fp8_codes_by_hand(tiny_config):
+    """Codes take a byte, and every 64 rows and 128 columns have four bytes of scale; o_proj and head stay BF16."""
+    target, drafter = made(tiny_config | WIDE, dtype=torch.bfloat16, linears="kernel")
+    read = target_bytes(target, [5.0] * 3, 8, 50)
+    qkv = [4 * 192 + kv * (192 + 128) for kv in (2, 4, 4, 2)]
+    codes = 256 + 4 * 2 / 64  # of a row of QKV, with its part of the scales
+    assert read["attention"] == sum(codes * n + 2 * 4 * 128 * 256 for n in qkv)
+    assert read["dense"] == 3 * (512 * 256 + 8 * 4 * 2) + 3 * 8 * 256 * 4 and read["head"] == 512 * 256 * 2
+    plain = made(tiny_config | WIDE, dtype=torch.bfloat16)
+    assert drafter_bytes(target, drafter, 50) == drafter_bytes(*plain, 50)
 
 
 def test_phases_by_hand(monkeypatch):
