@@ -91,8 +91,8 @@ class Geometry:
         if missing:
             raise ValueError(f"{path}: no {', '.join(missing)}; give the config.json of a MiMo-V2 model, or --shape")
         part = config.get("partial_rotary_factor", 1.0)
-        full = Heads(None, *(config[k] for k in heads), int(config["head_dim"] * part))
-        window = Heads(*(config[k] for k in swa), int(config["swa_head_dim"] * part))
+        full = Heads(None, *[*(config[k] for k in heads), int(config["head_dim"] * part)])
+        window = Heads(*[*(config[k] for k in swa), int(config["swa_head_dim"] * part)])
         hidden, inter, experts, top_k = (config[k] for k in keys)
         return cls(path.stem, hidden, inter, experts, top_k, (full, window), config["vocab_size"])
 
