@@ -40,10 +40,11 @@ bench() { # bench NAME PROCESSES FLAGS...
 tests moe tests/gpu/test_moe_gpu.py
 tests attention tests/gpu/test_attention_gpu.py
 tests linear tests/gpu/test_linear_gpu.py
+tests decode tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py
 tests rounds tests/gpu/test_rounds_gpu.py tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py
 tests synthetic tests/gpu/test_synthetic_gpu.py
 tests head-loss tests/gpu/test_head_loss_gpu.py
-for operator in moe attention linear codec; do kernels $operator; done
+for operator in moe attention linear norm heads router codec; do kernels $operator; done
 bench flash-slice 1 --synthetic flash --layers 12
 bench flash-slice-plain-attention 1 --synthetic flash --layers 12 --attention plain
 bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain

@@ -3,14 +3,16 @@
 Every operator on the shapes of a model at some tensor-parallel degrees: microseconds, the bytes that it has to move,
 GB/s, and the share of a device copy measured in the same run. Instead of a file, numbers do: `--shape 4096 2048 256 8`
 (hidden size, intermediate size of an expert, experts, experts a token), for the experts alone. `--only moe` leaves the
-other operators out; `--sweep` times every tile of `moe_triton`, `linear_triton` and `attention_triton` instead, from
-which their defaults are chosen. The last line is one JSON document.
+other operators out; `--sweep` times every tile of the Triton modules instead, from which their defaults are chosen. The
+last line is one JSON document.
 
 How it measures. Medians of CUDA events. An operator runs as a decode step runs it, in a CUDA graph; the graph holds 16
 calls, each on other experts, weights or caches, so that nothing a call reads is still in the second-level cache, and
 the time is a 16th. Where 16 key-value caches would all fit, every call comes after a pass over other memory, and the
 time of those passes alone is subtracted. Launch gaps inside the graph count. Bytes are the weights and scales in use,
-or the keys and values that are seen. The codecs work on tensors that are far larger than the cache.
+or the keys and values that are seen. The codecs work on tensors that are far larger than the cache. Residual norms and
+head splits read what the operator before left in the cache, so nothing is flushed for them, and their bytes are all
+that they read and write: those rows are the price of a launch.
 
 Without a GPU it prints the bytes and the time that they take at `--bandwidth`, which is the floor of any kernel.
 """
@@ -38,6 +40,7 @@ CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
 LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
 L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
 ROTATION = 2**30  # bytes that a graph walks through at most, but for two large weights or caches
+OPERATORS = ("moe", "attention", "linear", "norm", "heads", "router", "codec")
 Row = dict[str, Any]
 
 
@@ -50,6 +53,7 @@ class Heads:
     kv_heads: int
     k_dim: int
     v_dim: int
+    rotated: int  # elements of a query or key head
 
     @property
     def name(self) -> str:
@@ -57,7 +61,7 @@ class Heads:
 
     def local(self, tp: int) -> "Heads":
         """Of one of `tp` ranks; several hold the same key-value head where there are fewer."""
-        return Heads(self.window, self.heads // tp, max(self.kv_heads // tp, 1), self.k_dim, self.v_dim)
+        return Heads(self.window, self.heads // tp, max(self.kv_heads // tp, 1), self.k_dim, self.v_dim, self.rotated)
 
     @property
     def qkv_rows(self) -> int:
@@ -86,7 +90,9 @@ class Geometry:
         missing = [k for k in (*keys, *heads, *swa, "vocab_size") if not isinstance(config.get(k), int)]
         if missing:
             raise ValueError(f"{path}: no {', '.join(missing)}; give the config.json of a MiMo-V2 model, or --shape")
-        full, window = Heads(None, *(config[k] for k in heads)), Heads(*(config[k] for k in swa))
+        part = config.get("partial_rotary_factor", 1.0)
+        full = Heads(None, *[*(config[k] for k in heads), int(config["head_dim"] * part)])
+        window = Heads(*[*(config[k] for k in swa), int(config["swa_head_dim"] * part)])
         hidden, inter, experts, top_k = (config[k] for k in keys)
         return cls(path.stem, hidden, inter, experts, top_k, (full, window), config["vocab_size"])
 
@@ -137,7 +143,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
     add("--tp", nargs="+", type=int, default=[1, 2, 4, 8], help="tensor-parallel degrees")
     add("--tokens", type=int, default=8, help="tokens of a decode step, 1 to 16")
     add("--distinct", nargs="+", type=int, help="distinct experts; default: of one token, and expected of all")
-    add("--only", choices=("moe", "attention", "linear", "codec"), help="one kind of operator")
+    add("--only", choices=OPERATORS, help="one kind of operator")
     add("--sweep", action="store_true", help="time every tile instead of the default ones, and no codec")
     add("--bandwidth", type=float, default=H200_COPY, help="GB/s assumed where there is no GPU")
     args = parser.parse_args(argv)
@@ -151,7 +157,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
         parser.error(str(error))
     for h, i, e, k in args.shape:
         geometries.append(Geometry(f"{h}x{i}x{e}top{k}", h, i, e, k))
-    if args.shape and args.only in ("attention", "linear"):
+    if args.shape and args.only in ("attention", "linear", "heads"):
         parser.error(f"--only {args.only}: --shape does not describe it; give a config.json")
     for g in geometries:
         for tp in args.tp:
@@ -173,7 +179,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
 
 def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator[Row]:
     """Rows of one geometry at one degree, as they are measured."""
-    wanted = {args.only} if args.only else {"moe", "attention", "linear", "codec"}
+    wanted = {args.only} if args.only else set(OPERATORS)
     base = {"model": g.name, "tp": tp}
     if "moe" in wanted:
         packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
@@ -193,6 +199,13 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
         for name, n, k, is_fp8 in matrices(g, tp):
             rows = linear_rows(name, (n, k), is_fp8, args.tokens if gpu else 0, args.sweep)
             yield from (base | {"rows": n} | row for row in rows)
+    if "norm" in wanted:
+        yield from (base | {"rows": g.hidden} | row for row in norm_rows(g.hidden, tp, args.tokens, gpu, args.sweep))
+    if "heads" in wanted:
+        for a in (kind.local(tp) for kind in g.attention):
+            yield base | {"rows": a.qkv_rows} | heads_row(a, args.tokens, gpu)
+    if "router" in wanted:
+        yield from (base | {"experts": g.experts} | row for row in router_rows(g, args.tokens, gpu, args.sweep))
     if "codec" in wanted and not args.sweep:
         yield from (base | {"experts": CODEC_EXPERTS} | row for row in codec_rows(g, tp, gpu))
 
@@ -355,6 +368,66 @@ def attention_rows(a: Heads, context: int, tokens: int, gpu: bool, every: bool) 
         block = f" {config.rows}x{config.keys} w{config.warps} s{config.stages} k{config.splits}" if every else ""
         us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
         rows.append({"operator": label + block, "bytes": size, "us": us, "config": asdict(config)})
+    return rows
+
+
+def norm_rows(hidden: int, tp: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
+    """Residual add and norm of `tokens` rows, the update as one sum and as the parts of `tp` ranks."""
+    rows: list[Row] = []
+    for ranks in sorted({1, tp}):
+        size = 2 * hidden * (tokens * (ranks + 3) + 1)
+        label = f"norm of {ranks} part{'s' if ranks > 1 else ''}"
+        if not gpu:
+            rows.append({"operator": label, "bytes": size})
+            continue
+        from . import residual_triton as rt
+
+        x, weights = (torch.randn(n, hidden, device="cuda").bfloat16() for n in (tokens, CALLS))
+        update = torch.randn(ranks, tokens, hidden, device="cuda").bfloat16()
+        for warps in rt.WARPS if every else (rt.warps_for(hidden),):
+            us = graph_microseconds(lambda c: rt.add_rms_norm(x, update, weights[c], 1e-5, warps))  # noqa: B023
+            name = label + (f" w{warps}" if every else "")
+            rows.append({"operator": name, "bytes": size, "us": us, "config": {"warps": warps}})
+    return rows
+
+
+def heads_row(a: Heads, tokens: int, gpu: bool) -> Row:
+    """Rotation and cache writes of `tokens` rows of one rank."""
+    row: Row = {"operator": f"heads {a.name}", "bytes": 4 * tokens * a.qkv_rows}
+    if gpu:
+        from . import heads_triton
+
+        qkv = torch.randn(tokens, a.qkv_rows, device="cuda").bfloat16()
+        cos, sin = torch.randn(2, tokens, a.rotated // 2, device="cuda").bfloat16()
+        keys, values = (
+            torch.zeros(CALLS, a.kv_heads, 1024, d, dtype=torch.bfloat16, device="cuda") for d in (a.k_dim, a.v_dim)
+        )
+        start = torch.tensor(1020, device="cuda")
+        row["us"] = graph_microseconds(
+            lambda c: heads_triton.split_heads(qkv, cos, sin, keys[c], values[c], start, count=tokens, value_scale=0.6)
+        )
+    return row
+
+
+def router_rows(g: Geometry, tokens: int, gpu: bool, every: bool) -> list[Row]:
+    """Routing of `tokens` rows; every rank has the whole router."""
+    size = 4 * g.experts * (g.hidden + 1)
+    if not gpu:
+        return [{"operator": "router", "bytes": size}]
+    from . import router_triton as rt
+
+    x = torch.randn(tokens, g.hidden, device="cuda").bfloat16()
+    routers = torch.randn(copies(size), g.experts, g.hidden, device="cuda") / g.hidden**0.5
+    bias = torch.randn(g.experts, device="cuda") / 10
+    rows: list[Row] = []
+    for config in rt.CONFIGS if every else rt.CONFIGS[:1]:
+
+        def call(c: int) -> object:
+            return rt.route(x, routers[c % len(routers)], bias, g.top_k, normalise=True, config=config)  # noqa: B023
+
+        us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
+        name = f"router {config.experts}x{config.columns}" if every else "router"
+        rows.append({"operator": name, "bytes": size, "us": us, "config": asdict(config)})
     return rows
 
 
