@@ -49,7 +49,9 @@ bench flash-slice-plain-kernels 1 --synthetic flash --layers 12 --attention plai
 bench flash-rank-of-4 1 --synthetic flash --ranks 4
 bench pro-rank-of-8 1 --synthetic pro --ranks 8
 if [ "$gpus" -ge 2 ]; then
+    tests symmetric tests/gpu/test_symmetric_gpu.py
     bench "flash-tp$gpus" "$gpus" --synthetic flash
+    bench "flash-tp$gpus-nccl" "$gpus" --synthetic flash --collectives nccl
     tests launch tests/gpu/test_launch_gpu.py
 fi
 echo

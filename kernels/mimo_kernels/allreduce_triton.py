@@ -30,7 +30,8 @@ import triton.language as tl
 
 from .allreduce import CELL, CLOCK_HZ, PACKET, Channel
 
-_SEND = """{
+# PTX: $2 four BF16, stored at $1 with the epoch $3 beside each pair, unless $4 says to skip it. $0 is of no use.
+SEND = tl.constexpr("""{
     .reg .pred send;
     .reg .b32 low, high;
     .reg .b64 first, second;
@@ -40,8 +41,7 @@ _SEND = """{
     mov.b64 second, {high, $3};
     @send st.relaxed.sys.global.v2.b64 [$1], {first, second};
     mov.b32 $0, 0;
-}"""
-_SEND = tl.constexpr(_SEND)
+}""")
 
 
 @cache
@@ -132,7 +132,7 @@ def _send(PEERS, x, slot, epoch, skip, RANKS: tl.constexpr, PTX: tl.constexpr):
     for r in tl.static_range(RANKS):
         peer = tl.load(PEERS + r).to(tl.pointer_type(tl.int64)) + slot * 2
         if PTX:
-            tl.inline_asm_elementwise(_SEND, "=r,l,l,r,r", [peer, x, epoch, skip], tl.int32, is_pure=False, pack=1)
+            tl.inline_asm_elementwise(SEND, "=r,l,l,r,r", [peer, x, epoch, skip], tl.int32, is_pure=False, pack=1)
         else:
             low, high = _split(x)
             tl.store(peer, _unite(low, epoch), mask=skip == 0)
@@ -194,7 +194,7 @@ def _exchange(
         if RECEIVE is not None:
             tl.debug_barrier()  # every thread of the program has its epochs before one of them advances them
         mine = tl.load(PEERS + rank).to(tl.pointer_type(tl.int64)) + (half + at) * 2
-        sums, late = _receive(mine, epoch, skip, cycles, RANKS, CAPACITY, RECEIVE)
+        sums, late = _receive(mine, epoch, skip, cycles.to(tl.int64), RANKS, CAPACITY, RECEIVE)
         tl.store(FAILED + at * 0, late, mask=late != 0)
         tl.store(FAILED_HOST + at * 0, late, mask=late != 0)
         tl.store(EPOCHS + at // SPACE, epoch, mask=valid & (at % SPACE == 0))

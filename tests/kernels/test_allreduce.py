@@ -1,7 +1,7 @@
 """Sums over ranks: definition, protocol under an adversary, kernels in the interpreter, and their machine code.
 
-The interpreter has no inline assembly: there the ranks take turns, all send before one receives. What runs on GPUs has
-tests/gpu/test_symmetric_gpu.py.
+The interpreter has no inline assembly: there the ranks take turns, all send before one receives. The assembly is run by
+tests/kernels/ptx.py, and all of it on GPUs by tests/gpu/test_symmetric_gpu.py.
 """
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mimo_kernels import allreduce
 from tests.kernels.ll_simulator import MODULUS, Rules, Simulation, Stuck
+from tests.kernels.ptx import Thread
 from tests.kernels.triton_tools import (
     compile_for_sm90,
     inside,
@@ -70,7 +71,7 @@ def test_refusals():
         "rank 0 of 1: give 2 to 8": lambda: allreduce.open_channel(0, [0], 512, 1.0, "cpu"),
         "rank 2 of 2": lambda: allreduce.open_channel(2, [0, 0], 512, 1.0, "cpu"),
         "elements: 100 is no multiple of 512": lambda: allreduce.open_channel(0, [0, 0], 100, 1.0, "cpu"),
-        "seconds: 0": lambda: allreduce.open_channel(0, [0, 0], 512, 0, "cpu"),
+        "seconds: 0; a wait": lambda: allreduce.open_channel(0, [0, 0], 512, 0, "cpu"),
         "x: torch.float32": lambda: allreduce.all_reduce(x.float(), channel),
         "multiple of 4": lambda: allreduce.all_reduce(x[:, :6].contiguous(), channel),
         "expected contiguous": lambda: allreduce.all_reduce(x.T, channel),
@@ -241,6 +242,68 @@ def test_the_epoch_wraps(kernels, assert_same_bits):
         for got in in_turns(kernels.all_reduce, parts, ends):
             assert_same_bits(got, allreduce.reference(parts))
     assert int(ends[0].epochs[0]) == -(2**31) + 3
+
+
+# ---- the inline assembly, one thread in Python
+
+
+def words(x):
+    return [int(v) & (2**64 - 1) for v in x.contiguous().view(torch.int64).flatten()]
+
+
+@outside
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_assembly_sends_and_adds(assert_same_bits, ranks):
+    """Packets that one thread stores, as another reads them: payload, flags, order of addition, rounding."""
+    at = pytest.importorskip("mimo_kernels.allreduce_triton")
+    memory, stride = {}, 4096
+    for seed, epoch in enumerate((1, 2**31, 2**32 - 1, 0)):
+        parts = contributions(seed, ranks, 1, 4)
+        if ranks > 2:
+            parts[:3, 0, 0] = torch.tensor([2.0**30, -(2.0**30), 1.0])  # 1 and the rest in this order, not in others
+        for r in reversed(range(ranks)):
+            Thread([9, 64 + stride * r, *words(parts[r]), epoch, 0], None, memory.__setitem__).run(at.SEND.value)
+        assert {word >> 32 for word in memory.values()} == {epoch} and len(memory) == 2 * ranks
+        got, late, *_ = Thread([0, 9, 64, epoch, 0, 1], memory.__getitem__, None).run(at.receive_ptx(ranks, stride))
+        assert got == words(allreduce.reference(parts))[0] and late == 0
+
+
+@outside
+def test_the_assembly_waits_and_gives_up():
+    at = pytest.importorskip("mimo_kernels.allreduce_triton")
+    one = words(torch.ones(4).bfloat16())[0] & 0xFFFFFFFF
+    new, old = one | 7 << 32, one | 5 << 32
+    ptx, looks = at.receive_ptx(4, 64), []
+
+    def run(memory, skip=0, cycles=50):
+        looks.clear()
+
+        def load(address):
+            looks.append(address)
+            return memory[address // 64][address % 64 // 8](len(looks))
+
+        return Thread([0, 9, 0, 7, skip, cycles], load, None).run(ptx)[:2]
+
+    here, gone = (lambda look: new), (lambda look: old)
+    assert run([[here, here]] * 4)[1] == 0 and len(looks) == 8
+    for late in range(4):  # either word of a packet is enough
+        for bad in ([here, gone], [gone, here], [gone, gone]):
+            memory = [[here, here]] * late + [bad] + [[here, here]] * (3 - late)
+            assert run(memory)[1] == late + 1 and len(looks) == 8 * 50
+    assert run([[here, here], [here, gone], [here, here], [gone, here]])[1] == 2
+    assert run([[gone, gone]] * 4, skip=1)[1] == 0 and len(looks) == 8
+    assert run([[gone, gone]] * 4, cycles=0)[1] == 1 and len(looks) == 8
+    comes = lambda look: new if look > 100 else old  # noqa: E731
+    four = words(torch.full((4,), 4.0).bfloat16())[0]
+    assert run([[here, here], [comes, here], [here, here], [here, comes]]) == [four, 0] and 100 < len(looks) < 120
+
+
+@outside
+def test_nothing_is_sent_where_there_is_nothing_to_send():
+    at = pytest.importorskip("mimo_kernels.allreduce_triton")
+    memory = {}
+    Thread([9, 64, 1, 2, 1], None, memory.__setitem__).run(at.SEND.value)
+    assert not memory
 
 
 # ---- the machine code
