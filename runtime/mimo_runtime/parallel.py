@@ -162,7 +162,7 @@ def _group(device: torch.device, watch: Watch, check: bool, collectives: str) ->
         from mimo_runtime.symmetric import Symmetric, map_memory
 
         try:
-            return Symmetric(watch.rank, watch.size, watch, check, map_memory(device, watch))
+            return Symmetric(watch, check, map_memory(device, watch))
         except ValueError:
             if collectives == "symmetric":
                 raise

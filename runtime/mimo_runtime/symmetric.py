@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here uses it; read when memory is mapped
 
@@ -21,16 +21,24 @@ from mimo_runtime.watch import Watch
 ELEMENTS = allreduce.capacity(8192)  # room for the widest rows; 8 MiB for 8 ranks
 
 
+class Memory(NamedTuple):
+    """A receive buffer on every rank: this rank's, what keeps those of the others mapped, and where all of them are."""
+
+    buffer: torch.Tensor
+    handle: Any
+    addresses: list[int]
+
+
 class Symmetric(Group):
     """A rank whose small sums go through a channel of `mimo_kernels.allreduce`."""
 
     collectives = "symmetric"
 
-    def __init__(self, rank: int, size: int, watch: Watch, checking: bool, memory: tuple[Any, list[int]]):
-        """`memory` is what `map_memory` gave: it has to live as long as a peer may write to it."""
-        super().__init__(rank, size, watch, checking)
-        self.memory, addresses = memory
-        self.channel = allreduce.open_channel(rank, addresses, ELEMENTS, watch.timeout, self.memory.device)
+    def __init__(self, watch: Watch, checking: bool, memory: Memory):
+        super().__init__(watch.rank, watch.size, watch, checking)
+        self.memory = memory
+        device = memory.buffer.device
+        self.channel = allreduce.open_channel(watch.rank, memory.addresses, ELEMENTS, watch.timeout, device)
         self._failed = self.channel.failed_host.numpy()  # a look costs no launch and no wait
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +91,7 @@ def obstacle(device: torch.device, places: list[str]) -> str | None:
     if len(others) != len(places) - 1 or max(others) >= torch.cuda.device_count():
         return "needs a GPU for each rank, all of them visible to all ranks"
     deaf = [i for i in others if not torch.cuda.can_device_access_peer(device, i)]
-    return f"needs peer access, which GPU {device.index} has not to {deaf}" if deaf else None
+    return f"needs peer access, which GPU {device.index} does not have to GPU {deaf[0]}" if deaf else None
 
 
 def exchange(watch: Watch, name: str, word: str) -> list[str]:
@@ -102,15 +110,15 @@ def exchange(watch: Watch, name: str, word: str) -> list[str]:
     return [value.decode() for value in watch.store.multi_get(keys)]
 
 
-def map_memory(device: torch.device, watch: Watch) -> tuple[torch.Tensor, list[int]]:
-    """A zeroed receive buffer on every rank, and where they are mapped in this process, in rank order.
+def map_memory(device: torch.device, watch: Watch) -> Memory:
+    """A zeroed receive buffer on every rank, mapped by all.
 
     A collective of all ranks. ValueError, on all of them, with the reason of the first that cannot.
     """
     why = obstacle(device, exchange(watch, "place", here(device)))
     _none(exchange(watch, "reach", why or ""))
     offset, bases, why = 0, [0] * watch.size, ""
-    buffer = torch.empty(0)
+    buffer, handle = torch.empty(0), None
     try:
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symm_mem
@@ -129,7 +137,7 @@ def map_memory(device: torch.device, watch: Watch) -> tuple[torch.Tensor, list[i
     # Nobody sends before every buffer is zero: these words are the barrier, too.
     said = exchange(watch, "mapped", why or str(offset))
     _none([word if not word.isdigit() else "" for word in said])
-    return buffer, [base + int(word) for base, word in zip(bases, said, strict=True)]
+    return Memory(buffer, handle, [base + int(word) for base, word in zip(bases, said, strict=True)])
 
 
 def _none(reasons: list[str]) -> None:

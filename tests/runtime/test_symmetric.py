@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mimo_kernels import allreduce
 from mimo_runtime import symmetric
 from mimo_runtime.parallel import Group, _group
-from mimo_runtime.symmetric import Symmetric, exchange, here, map_memory, obstacle
+from mimo_runtime.symmetric import Memory, Symmetric, exchange, here, map_memory, obstacle
 from mimo_runtime.watch import Watch
 
 
@@ -36,7 +36,7 @@ def gpus(monkeypatch):
 def test_who_may(gpus, monkeypatch):
     device = torch.device("cuda", 1)
     assert obstacle(device, ["a 0", "a 1"]) is None and obstacle(device, ["a 2", "a 0", "a 1"]) is None
-    assert "GPU 1 has not to [3]" in obstacle(device, ["a 0", "a 1", "a 3"])
+    assert "GPU 1 does not have to GPU 3" in obstacle(device, ["a 0", "a 1", "a 3"])
     assert "on one host" in obstacle(device, ["a 0", "b 1"])
     assert "a GPU for each rank" in obstacle(device, ["a 1", "a 1"])
     assert "visible to all ranks" in obstacle(device, ["a 1", "a 4"])
@@ -104,10 +104,13 @@ def test_all_ranks_refuse_alike(monkeypatch):
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="group"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert together(2, rendezvous) == ["collectives symmetric failed: no memory (rank 1); use nccl"] * 2
+    monkeypatch.setattr(symm_mem, "empty", lambda *_, **__: torch.ones(4, dtype=torch.int64))
+    for memory in together(2, rendezvous):  # as if both ranks' buffers were at one base, 64 bytes on
+        assert memory.addresses == [memory.buffer.data_ptr()] * 2 and not memory.buffer.any()
 
 
 def ranks(watch, checking=False):
-    return Symmetric(0, 2, watch, checking, (torch.empty(0), [0, 0]))
+    return Symmetric(watch, checking, Memory(torch.empty(0), None, [0, 0]))
 
 
 def test_small_sums_go_through_the_channel(monkeypatch):
