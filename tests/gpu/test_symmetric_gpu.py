@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels:runtime python -m pytest -q -s -m gpu tests/gpu/test_symmetric_gpu.py
 
-Each test starts this file as one process a GPU (2 to 8 of them); -s shows the times.
+Most tests start this file as one process a GPU (2 to 8 of them); -s shows the times. With one GPU, ranks that share it.
 """
 
 import json
@@ -25,9 +25,10 @@ from mimo_runtime.parallel import Group, connect, place
 
 ROOT = Path(__file__).parents[2]
 GPUS = min(torch.cuda.device_count(), allreduce.MAX_RANKS)
-SIZES = sorted({2, GPUS} | ({4} if GPUS > 4 else set()))
+SIZES = sorted({2, max(2, GPUS)} | ({4} if GPUS > 4 else set()))
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="no CUDA device")]
+several = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
 
 
 # ---- what a process does
@@ -180,6 +181,77 @@ def main() -> None:
     print(json.dumps(found), flush=True)
 
 
+# ---- ranks that share one GPU
+
+
+def channels(ranks: int, seconds: float) -> tuple[list[allreduce.Channel], torch.Tensor]:
+    """One on each of `ranks` buffers, and the buffers, which have to live as long."""
+    elements = allreduce.capacity(8192)
+    words = allreduce.buffer_words(ranks, elements)
+    buffers = torch.zeros(ranks, words, dtype=torch.int64, device="cuda")
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    ends = [allreduce.open_channel(r, addresses, elements, seconds, "cuda") for r in range(ranks)]
+    torch.cuda.synchronize()
+    return ends, buffers
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("hidden", [576, 4096, 6144, 8192])
+def test_ranks_in_turns(ranks, hidden):
+    """All send before one receives: the compiled kernels by themselves."""
+    from mimo_kernels import allreduce_triton
+
+    ends, _buffers = channels(ranks, 2.0)
+    for epoch, tokens in enumerate((1, 16, 3, 8, 1)):
+        parts = contributions(epoch, ranks, tokens, hidden)
+        for phase in (1, 2):
+            sums = [allreduce_triton.all_reduce(x, end, phase) for x, end in zip(parts, ends, strict=True)]
+        assert not sum(int(differences(got, allreduce.reference(parts))) for got in sums)
+        if hidden % 512:
+            continue
+        x, weight = contributions(epoch + 50, 1, tokens, hidden)[0], contributions(90, 1, 1, hidden)[0, 0]
+        for phase in (1, 2):
+            fused = [
+                allreduce_triton.all_reduce_add_norm(part, x, weight, 1e-5, end, phase)
+                for part, end in zip(parts, ends, strict=True)
+            ]
+        new, normed = allreduce.reference_add_norm(parts, x, weight, 1e-5)
+        for got, got_normed in fused:
+            assert not differences(got, new) and not differences(got_normed, fused[0][1])
+            torch.testing.assert_close(got_normed.float(), normed.float(), rtol=2**-6, atol=0)
+    assert not any(int(end.failed) or int(end.failed_host) for end in ends)
+
+
+def test_ranks_at_once_on_streams_of_one_gpu():
+    """They really wait for each other; all of their programs fit onto the GPU together."""
+    (ends, _buffers), streams = channels(4, 20.0), [torch.cuda.Stream() for _ in range(4)]
+    bad = torch.zeros(4, dtype=torch.int64, device="cuda")
+    for epoch in range(200):
+        parts = contributions(epoch, 4, 1 + epoch % 16, 4096)
+        expected = allreduce.reference(parts)
+        torch.cuda.synchronize()
+        for r in torch.randperm(4, generator=torch.Generator().manual_seed(epoch)).tolist():
+            with torch.cuda.stream(streams[r]):
+                bad[r] += differences(allreduce.all_reduce(parts[r], ends[r]), expected)
+        torch.cuda.synchronize()
+    assert bad.tolist() == [0] * 4 and not any(int(end.failed) for end in ends)
+
+
+def test_a_wait_in_vain_ends_and_the_next_ones_pass():
+    x = contributions(0, 3, 8, 4096)
+    for seconds in (1e-3, 0.5):  # the first call compiles
+        ends, _buffers = channels(3, seconds)
+        allreduce.all_reduce(x[1], ends[1])
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        for _ in range(96):
+            allreduce.all_reduce(x[0], ends[0])
+        torch.cuda.synchronize()
+        took = time.monotonic() - began
+        assert int(ends[0].failed_host) == int(ends[0].failed) == 3
+    assert 0.4 < took < 2
+
+
 # ---- what pytest does
 
 
@@ -215,22 +287,26 @@ def found(job: str, size: int) -> list[dict]:
     return [json.loads(out.strip().splitlines()[-1]) for out in said]
 
 
+@several
 @pytest.mark.parametrize("size", SIZES)
 def test_bits_of_a_thousand_epochs(size):
     assert found("bits", size) == [{"differences": 0, "from NCCL": 0}] * size
 
 
+@several
 @pytest.mark.parametrize("size", SIZES)
 def test_a_graph_replayed_a_thousand_times(size):
     assert found("graph", size) == [{"differences": 0, "steps": 1002}] * size
 
 
+@several
 @pytest.mark.parametrize("size", SIZES)
 def test_the_fused_form(size):
     for report in found("norm", size):
         assert report["differences"] == report["ranks differ"] == report["far"] == 0 and report["elements"] > 0
 
 
+@several
 @pytest.mark.parametrize("how", ["dies", "sleeps", "skips"])
 def test_a_rank_that_stops_is_an_error_by_name(how):
     """Within 10 s, where waits end after 2 s; the last rank is the one to name."""
@@ -241,6 +317,7 @@ def test_a_rank_that_stops_is_an_error_by_name(how):
     assert ended - stopped < (15 if how == "skips" else 10), errors[-6000:]
 
 
+@several
 def test_times_beside_nccl():
     for size in SIZES:
         reports = found("times", size)
