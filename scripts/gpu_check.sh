@@ -43,6 +43,7 @@ tests linear tests/gpu/test_linear_gpu.py
 tests decode tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py
 tests rounds tests/gpu/test_rounds_gpu.py tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py
 tests synthetic tests/gpu/test_synthetic_gpu.py
+tests symmetric tests/gpu/test_symmetric_gpu.py
 tests head-loss tests/gpu/test_head_loss_gpu.py
 for operator in moe attention linear norm heads router codec; do kernels $operator; done
 bench flash-slice 1 --synthetic flash --layers 12
@@ -52,6 +53,7 @@ bench flash-rank-of-4 1 --synthetic flash --ranks 4
 bench pro-rank-of-8 1 --synthetic pro --ranks 8
 if [ "$gpus" -ge 2 ]; then
     bench "flash-tp$gpus" "$gpus" --synthetic flash
+    bench "flash-tp$gpus-nccl" "$gpus" --synthetic flash --collectives nccl
     tests launch tests/gpu/test_launch_gpu.py
 fi
 echo

@@ -326,6 +326,7 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "block": engine.block,
         "ranks": engine.ranks.size,
+        "collectives": engine.ranks.collectives,
         "one_rank": isinstance(engine.ranks, Alone),
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),

@@ -40,6 +40,9 @@ class EngineConfig:
     rounds_ahead: int = 4
     """on a GPU: rounds of plain and chain decoding enqueued before the first one's tokens are looked at; after a stop
     token the others are played in vain"""
+    collectives: Literal["auto", "nccl", "symmetric"] = "auto"
+    """of several processes on GPUs: symmetric adds up to 16 rows in BF16 by one kernel over memory that the GPUs map of
+    each other, all else by NCCL; auto takes it where all ranks are on one host with peer access; same bits in both"""
     rank_timeout: float = 20.0
     """of several processes: seconds without a sign of a rank, or of its next step, after which the others name it and
     stop"""

@@ -124,7 +124,7 @@ class Engine:
             self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
 
     def _connect(self, device: str, cfg: EngineConfig) -> Ranks:
-        return connect(device, cfg.rank_timeout, cfg.check_ranks)
+        return connect(device, cfg.rank_timeout, cfg.check_ranks, cfg.collectives)
 
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
         target = load_target(self.folder, load)
