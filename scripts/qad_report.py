@@ -1,8 +1,8 @@
 """python scripts/qad_report.py study-0.json study-1.json --modelopt modelopt.json --out docs/results/qad
 
 Joins what qad_study.py and compare_modelopt.py measured: writes OUT.json (a list of records), OUT.png (gap closed) and
-OUT-tokens.png (gap closed over tokens), and prints the tables of docs/results/qad.md. With --keep, records of an earlier
-OUT.json that these files do not measure (step times, ModelOpt) stay, with their own commit and conditions.
+OUT-tokens.png (gap closed over tokens), and prints the tables of docs/results/qad.md. With --keep, records of an
+earlier file that these do not measure (step times, ModelOpt) stay, with their own commit and conditions.
 """
 
 import argparse
