@@ -37,23 +37,27 @@ bench() { # bench NAME PROCESSES FLAGS...
         --max_len 1024 --cuda_graphs true --forced_acceptance 6.3 --output "$out/$name.json" --plot "$out/$name.png" "${@:3}"
 }
 
-tests moe tests/gpu/test_moe_gpu.py
-tests attention tests/gpu/test_attention_gpu.py
-tests linear tests/gpu/test_linear_gpu.py
-tests decode tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py
-tests rounds tests/gpu/test_rounds_gpu.py tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py
-tests synthetic tests/gpu/test_synthetic_gpu.py
-tests symmetric tests/gpu/test_symmetric_gpu.py
-tests head-loss tests/gpu/test_head_loss_gpu.py
+# Tests compile more than they compute, and say nothing about time: all at once.
+tests rounds tests/gpu/test_rounds_gpu.py &
+tests decoder tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py &
+tests moe tests/gpu/test_moe_gpu.py &
+tests attention tests/gpu/test_attention_gpu.py &
+tests linear tests/gpu/test_linear_gpu.py &
+tests between tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py &
+tests synthetic tests/gpu/test_synthetic_gpu.py &
+tests symmetric tests/gpu/test_symmetric_gpu.py &
+tests head-loss tests/gpu/test_head_loss_gpu.py &
+wait
 for operator in moe attention linear norm heads router codec; do kernels $operator; done
 bench flash-slice 1 --synthetic flash --layers 12
 bench flash-slice-plain-attention 1 --synthetic flash --layers 12 --attention plain
 bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain
+bench flash-slice-plain-fusions 1 --synthetic flash --layers 12 --fusions plain
 bench flash-rank-of-4 1 --synthetic flash --ranks 4
 bench pro-rank-of-8 1 --synthetic pro --ranks 8
 if [ "$gpus" -ge 2 ]; then
     bench "flash-tp$gpus" "$gpus" --synthetic flash
-    bench "flash-tp$gpus-nccl" "$gpus" --synthetic flash --collectives nccl
+    bench "flash-tp$gpus-symmetric" "$gpus" --synthetic flash --collectives symmetric
     tests launch tests/gpu/test_launch_gpu.py
 fi
 echo

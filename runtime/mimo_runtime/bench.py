@@ -22,7 +22,7 @@ import torch
 from mimo_qat.drafting import bootstrap_interval, distinct_3, lookup_rounds, mean_rounds, survival
 from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_runtime.breakdown import broken_down, plot_breakdown, print_breakdown
-from mimo_runtime.config import BenchConfig
+from mimo_runtime.config import KERNELS, BenchConfig
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.parallel import Alone
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
@@ -290,7 +290,7 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of all prompts; those of drafting are absent where there was none."""
     settings = made["settings"]
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
-    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", "experts", "attention", "linears"]
+    kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", *KERNELS]
     if settings["synthetic"] is not None:
         kept += ["synthetic", "layers", "uniform_routing", "prompt_tokens"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}

@@ -7,6 +7,9 @@ from typing import Literal
 Rule = Literal["even", "floor", "rceil", "mse"]
 
 
+KERNELS = "experts", "attention", "linears", "fusions"  # fields that choose between kernels and single operations
+
+
 @dataclass(kw_only=True)
 class EngineConfig:
     """Where a model runs, and how."""
@@ -25,6 +28,10 @@ class EngineConfig:
     """kernel keeps matrices that are stored as block FP8 as codes where their tiles allow it, and multiplies up to 16
     rows by kernels, in bfloat16; plain decodes them to `dtype` and leaves all products to torch; auto takes the kernel
     where dtype is bfloat16 and the GPU has compute capability 9 or more"""
+    fusions: Literal["auto", "kernel", "plain"] = "auto"
+    """kernel makes one or two kernels of each residual addition with its norm, of the norms, rotations and cache writes
+    of a round's heads, and of the routing, for up to 16 rows in bfloat16; plain leaves them to torch; auto takes the
+    kernels where dtype is bfloat16 and the GPU has compute capability 9 or more"""
     max_len: int = 4096
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int = 256
@@ -40,9 +47,10 @@ class EngineConfig:
     rounds_ahead: int = 4
     """on a GPU: rounds of plain and chain decoding enqueued before the first one's tokens are looked at; after a stop
     token the others are played in vain"""
-    collectives: Literal["auto", "nccl", "symmetric"] = "auto"
+    collectives: Literal["auto", "nccl", "symmetric"] = "nccl"
     """of several processes on GPUs: symmetric adds up to 16 rows in BF16 by one kernel over memory that the GPUs map of
-    each other, all else by NCCL; auto takes it where all ranks are on one host with peer access; same bits in both"""
+    each other, all else by NCCL, and gives the same sums; auto takes it where all ranks are on one host with peer
+    access"""
     rank_timeout: float = 20.0
     """of several processes: seconds without a sign of a rank, or of its next step, after which the others name it and
     stop"""

@@ -19,7 +19,7 @@ import torch
 
 from mimo_qat.models.draft_tree import Tree, best_prefix, greedy_chain, grow_tree
 from mimo_runtime.cache import Position
-from mimo_runtime.config import EngineConfig, Rule, SamplingConfig
+from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
 from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_drafter, load_target, tokenizer_size
 from mimo_runtime.model import (
@@ -95,7 +95,8 @@ class Engine:
         folder = Path(folder)
         device = place(cfg.device)
         self.ranks = self._connect(device, cfg)
-        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, cfg.experts, cfg.attention, cfg.linears, self.ranks)
+        kernels = {name: getattr(cfg, name) for name in KERNELS}
+        load = LoadConfig(device, DTYPES[cfg.dtype], rtn, ranks=self.ranks, **kernels)
         self.folder, self.cfg = folder, cfg
         self.target, self.drafter = self._load(load)
         self.device = self.target.embed.device

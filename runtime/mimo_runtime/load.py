@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from mimo_kernels import mxfp4
+from mimo_kernels import heads, mxfp4, residual, router
 from mimo_kernels.attention import fits
 from mimo_kernels.linear import pack_fp8
 from mimo_kernels.moe import Experts, PackedExperts, pack_experts
 from mimo_qat.checkpoint.layout import DraftGeometry, Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Checkpoint, read_drafter
 from mimo_qat.models.draft_tree import TOP_K
+from mimo_runtime.norms import Norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import Box, Shards, check_shares, check_target, head_rows, kv_heads, local, part, query_heads
 from mimo_runtime.weights import Weight, kernel_weight
@@ -31,7 +32,8 @@ from mimo_runtime.weights import Weight, kernel_weight
 @dataclass(frozen=True)
 class Attention:
     """`qkv` [(N+G)*K + G*V, H] in global head order, `o` [H, N*V]; `sink` [N] and head norms [K] where the model has
-    them; `window` counts the query's own key, None is full attention; `kernel`: few rows are one kernel's work."""
+    them; `window` counts the query's own key, None is full attention; `kernel`: few rows are one kernel's work, and
+    `fused`: so is all between their projection and it (`mimo_kernels.heads`)."""
 
     geometry: LayerGeometry
     window: int | None
@@ -43,6 +45,7 @@ class Attention:
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
     kernel: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Moe:
     """Routed experts: `router` [E, H] and `bias` [E] in float32, and the experts as values or as packed MXFP4 codes.
 
     A `bias` [P, E] holds one row for each position modulo P. `chosen` collects the experts [T, k] of every call, for
-    measurements outside of CUDA graphs.
+    measurements outside of CUDA graphs. `fused`: few rows are routed by `mimo_kernels.router`.
     """
 
     router: torch.Tensor
@@ -76,6 +79,7 @@ class Moe:
     scaling: float
     experts: PlainExperts | PackedExperts
     chosen: list[torch.Tensor] | None = None
+    fused: bool = False
 
     def weights(self) -> list[torch.Tensor]:
         """The tensors of the experts, each with E as its first dimension."""
@@ -106,11 +110,10 @@ class Selector:
 class Layer:
     """A pre-norm decoder layer, of the target or of the drafter; only a drafter's has convolutions."""
 
-    input_norm: torch.Tensor
+    input_norm: Norm
     attention: Attention
-    post_norm: torch.Tensor
+    post_norm: Norm
     mlp: Mlp | Moe
-    eps: float
     attention_conv: Conv | None = None
     mlp_conv: Conv | None = None
 
@@ -130,9 +133,8 @@ class Target:
     geometry: Geometry
     embed: torch.Tensor
     layers: tuple[Layer, ...]
-    norm: torch.Tensor
+    norm: Norm
     head: Weight
-    eps: float
     stop_token_ids: tuple[int, ...]
     ranks: Ranks
 
@@ -149,11 +151,10 @@ class Drafter:
     block: int
     causal: bool
     vocab_size: int
-    eps: float
     fc: Weight
-    hidden_norm: torch.Tensor
+    hidden_norm: Norm
     layers: tuple[Layer, ...]
-    norm: torch.Tensor
+    norm: Norm
     mask_embedding: torch.Tensor
     ranks: Ranks
     selector: Selector | None = None
@@ -186,8 +187,8 @@ class Progress:
 class LoadConfig:
     """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `experts` says
     whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, `attention` whether a target's few rows
-    take those of `mimo_kernels.attention`, and `linears` whether FP8 matrices stay codes and few rows are multiplied
-    by `mimo_kernels.linear`; `ranks` says whose share is read."""
+    take those of `mimo_kernels.attention`, `linears` whether FP8 matrices stay codes and few rows are multiplied by
+    `mimo_kernels.linear`, `fusions` whether what lies between is a few kernels; `ranks` says whose share is read."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
@@ -195,6 +196,7 @@ class LoadConfig:
     experts: str = "plain"
     attention: str = "plain"
     linears: str = "plain"
+    fusions: str = "plain"
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -213,13 +215,32 @@ class LoadConfig:
             )
         return possible and (self.attention == "kernel" or (self.attention == "auto" and self.fast))
 
+    def _runs(self, name: str, choice: str) -> bool:
+        if choice == "kernel" and self.dtype != torch.bfloat16:
+            raise ValueError(f"{name} kernel needs bfloat16; dtype is {self.dtype}: use plain")
+        return choice == "kernel" or (choice == "auto" and self.dtype == torch.bfloat16 and self.fast)
+
     @property
     def multiplies(self) -> bool:
         """Whether products of few rows are a kernel's work; ValueError where they cannot be."""
-        possible = self.dtype == torch.bfloat16
-        if self.linears == "kernel" and not possible:
-            raise ValueError(f"linears kernel needs bfloat16; dtype is {self.dtype}: use plain")
-        return possible and (self.linears == "kernel" or (self.linears == "auto" and self.fast))
+        return self._runs("linears", self.linears)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether norms, heads and routing of few rows are kernels' work; ValueError where they cannot be."""
+        return self._runs("fusions", self.fusions)
+
+    def norm(self, weight: torch.Tensor, eps: float) -> Norm:
+        """The norm of the residual stream with that weight [H]."""
+        return Norm(weight, eps, self.fuses and len(weight) % 8 == 0 and len(weight) <= residual.MAX_COLUMNS)
+
+    def splits(self, g: LayerGeometry) -> bool:
+        """Whether heads of that size are a kernel's work."""
+        return self.fuses and max(g.head_dim, g.v_head_dim) <= heads.MAX_HEAD
+
+    def routes(self, experts: int, hidden: int, top_k: int) -> bool:
+        """Whether routing of that size is a kernel's work."""
+        return self.fuses and experts <= router.MAX_EXPERTS and top_k <= router.MAX_TOP_K and hidden % 8 == 0
 
     def weight(self, values: torch.Tensor) -> Weight:
         """A matrix [N, K] in the form of its products."""
@@ -263,9 +284,9 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     for i in range(g.num_hidden_layers):
         layers.append(_target_layer(shards, g, i, cfg))
         bar.advance(*layers[-1].weights())
-    norm = _own(shards.whole("model.norm", cfg.dtype), cfg)
+    norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
     shards.complete()
-    return Target(g, embed, tuple(layers), norm, head, g.layernorm_epsilon, stop_token_ids, cfg.ranks)
+    return Target(g, embed, tuple(layers), norm, head, stop_token_ids, cfg.ranks)
 
 
 def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
@@ -303,6 +324,7 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
         o=columns("self_attn.o_proj"),
         sink=sink,
         kernel=cfg.attends(geometry),
+        fused=cfg.splits(geometry),
     )
     mlp: Mlp | Moe
     if geometry.moe:
@@ -313,12 +335,13 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
             experts=_experts(shards, i, cfg),
+            fused=cfg.routes(g.n_routed_experts, g.hidden_size, g.num_experts_per_tok),
         )
     else:
         gate_up = [shards.row_box(f"{at}mlp.{n}_proj") for n in ("gate", "up")]
         mlp = Mlp(_matrix(shards, gate_up, cfg), columns("mlp.down_proj"))
-    norms = whole("input_layernorm"), whole("post_attention_layernorm")
-    return Layer(norms[0], attention, norms[1], mlp, g.layernorm_epsilon)
+    before, after = (cfg.norm(whole(f"{n}_layernorm"), g.layernorm_epsilon) for n in ("input", "post_attention"))
+    return Layer(before, attention, after, mlp)
 
 
 def _experts(shards: Shards, i: int, cfg: LoadConfig) -> PlainExperts | PackedExperts:
@@ -370,11 +393,10 @@ def drafter_of(
         block=d.block_size,
         causal=d.causal,
         vocab_size=min(d.vocab_size, tokenizer_size or d.vocab_size),
-        eps=d.rms_norm_eps,
         fc=cfg.weight(weights["fc"]),
-        hidden_norm=weights["hidden_norm"],
+        hidden_norm=cfg.norm(weights["hidden_norm"], d.rms_norm_eps),
         layers=tuple(_draft_layer(weights, d, f"layers.{i}.", cfg) for i in range(d.num_hidden_layers)),
-        norm=weights["norm"],
+        norm=cfg.norm(weights["norm"], d.rms_norm_eps),
         mask_embedding=mask_embedding.to(cfg.device, cfg.dtype),
         ranks=cfg.ranks,
         selector=_selector(weights, config, cfg),
@@ -447,11 +469,12 @@ def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str, cf
         sink=weights[at + "self_attn.attention_sink_bias"].float() if d.sinks else None,
         q_norm=weights[at + "self_attn.q_norm"],
         k_norm=weights[at + "self_attn.k_norm"],
+        fused=cfg.splits(_draft_geometry(d)),
     )
     mlp = Mlp(stacked("mlp.gate_proj", "mlp.up_proj"), cfg.weight(weights[at + "mlp.down_proj"]))
-    norms = weights[at + "input_layernorm"], weights[at + "post_attention_layernorm"]
+    before, after = (cfg.norm(weights[f"{at}{n}_layernorm"], d.rms_norm_eps) for n in ("input", "post_attention"))
     convs = _conv(weights, at + "attention_conv.", cfg), _conv(weights, at + "mlp_conv.", cfg)
-    return Layer(norms[0], attention, norms[1], mlp, d.rms_norm_eps, *convs)
+    return Layer(before, attention, after, mlp, *convs)
 
 
 def _check_pair(d: DraftGeometry, g: Geometry) -> None:

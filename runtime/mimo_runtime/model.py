@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from mimo_kernels import attention as attention_kernels
+from mimo_kernels import heads as head_kernels
 from mimo_kernels import linear as linear_kernels
 from mimo_kernels import moe as moe_kernels
+from mimo_kernels import router as router_kernels
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, PlainExperts, Target
+from mimo_runtime.norms import add_norm, rms_norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.weights import KernelWeight, Weight, rows_from
 
@@ -49,11 +52,6 @@ def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     return F.linear(x, w)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalises the last dimension in float32, casts to x's dtype, then multiplies by the weight."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
-
-
 def swiglu(x: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)), unclamped; gate_up [2I, H] holds the gate rows first."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
@@ -63,6 +61,13 @@ def swiglu(x: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
 def route(moe: Moe, x: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, H] at `positions` [T] -> combine weights [T, k] and expert ids [T, k]; float32, the bias steers the
     selection only."""
+    if moe.fused and len(x) <= router_kernels.MAX_ROWS:
+        weights, chosen = router_kernels.route(
+            x, moe.router, moe.bias, moe.top_k, normalise=moe.normalise, scaling=moe.scaling, positions=positions
+        )
+        if moe.chosen is not None:
+            moe.chosen.append(chosen)
+        return weights, chosen
     scores = F.linear(x.float(), moe.router).sigmoid()
     bias = moe.bias
     if bias.ndim == 2:
@@ -116,10 +121,11 @@ def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | N
     """
     weights, chosen = route(moe, x, positions)
     experts = moe.experts
-    combine = torch.zeros(len(x), len(experts.down), device=x.device).scatter_(1, chosen, weights)
-    ranks.record(combine)  # a rank that chose other experts would add its stripes of those, and no error would show
+    ranks.record(chosen)  # a rank that chose other experts would add its stripes of those, and no error would show
+    ranks.record(weights)
     if isinstance(experts, PackedExperts):
         return packed_experts(experts, x, chosen, weights)
+    combine = torch.zeros(len(x), len(experts.down), device=x.device).scatter_(1, chosen.long(), weights)
     if x.is_cuda and without_host(moe, len(x)):
         return every_expert(experts, x, combine).to(x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -223,29 +229,59 @@ def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
     return q, k, v.reshape(len(x), g.kv_heads, g.v_head_dim) * w.value_scale
 
 
+def stored_heads(
+    w: Attention,
+    x: torch.Tensor,
+    rows: Rows,
+    slots: tuple[torch.Tensor, torch.Tensor],
+    start: torch.Tensor | None,
+    count: int,
+    queries: bool = True,
+) -> torch.Tensor:
+    """The queries [T, N, K] of x [T, H]; keys and values of its first `count` rows go into `slots` [G, S, K] and
+    [G, S, V], at (start + row) % S, or at the row's own number where `start` is None."""
+    if w.fused and len(x) <= head_kernels.MAX_ROWS:
+        cos, sin = (t[:, 0] for t in rows.rotation(w.geometry.rope_theta, w.geometry.rotary_dim))
+        qkv = linear(x, w.qkv if queries else rows_from(w.qkv, w.geometry.heads * w.geometry.head_dim))
+        norms = None
+        if w.q_norm is not None and w.k_norm is not None:
+            norms = head_kernels.HeadNorms(w.q_norm, w.k_norm, w.eps)
+        return head_kernels.split_heads(
+            qkv, cos, sin, *slots, start, count=count, value_scale=w.value_scale, norms=norms
+        )
+    q, k, v = project(w, x, rows, queries)
+    place = torch.arange(count, device=x.device)
+    if start is not None:
+        place = (start + place) % slots[0].shape[1]
+    for cache, new in zip(slots, (k, v), strict=True):
+        cache.index_copy_(1, place, new[:count].transpose(0, 1))
+    return q
+
+
 def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks: Ranks) -> torch.Tensor:
-    """Causal attention of a target layer; padding rows (beyond `rows.count`) are computed and never stored."""
+    """A rank's part of the causal attention of a target layer; padding rows (beyond `rows.count`) are computed and
+    never stored."""
     ranks.record(x)
-    q, k, v = project(w, x, rows)
     scale = w.geometry.head_dim**-0.5
     few = rows.count <= attention_kernels.MAX_ROWS and rows.ancestors is None
     if w.kernel and few and isinstance(rows.start, torch.Tensor):
-        cache.write(k[: rows.count], v[: rows.count], rows.start)
+        q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
         out = attention_kernels.attention(
             q[: rows.count], *cache.ring(), rows.start, scale=scale, window=w.window, sink=w.sink
         ).flatten(1)
-        # Padding repeats the last row, so that it asks for no expert of its own.
-        out = torch.cat((out, out[-1:].expand(len(q) - rows.count, -1)))
+        if len(q) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
+            out = torch.cat((out, out[-1:].expand(len(q) - rows.count, -1)))
     else:
+        q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
         out = attend(q, keys, values, rows.mask(cache), scale, w.sink)
-    return ranks.sum(linear(out, w.o))
+    return linear(out, w.o)
 
 
 def mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """The dense or the routed MLP of a layer, [T, H] -> [T, H]."""
+    """A rank's part of the dense or the routed MLP of a layer, [T, H] -> [T, H]."""
     ranks.record(x)
-    return ranks.sum(moe_mlp(w, x, ranks, positions) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down))
+    return moe_mlp(w, x, ranks, positions) if isinstance(w, Moe) else swiglu(x, w.gate_up, w.down)
 
 
 def embed(target: Target, tokens: torch.Tensor) -> torch.Tensor:
@@ -282,15 +318,19 @@ def target_forward(
     ranks = target.ranks
     x = embed(target, tokens)
     rows = Rows(start, padded, x, tree, count)
-    tapped = {}
+    part, tapped = None, {}  # what the last sublayer adds to the residual stream x when it is normed next
     for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
-        x = x + attention(layer.attention, cache, rms_norm(x, layer.input_norm, layer.eps), rows, ranks)
-        x = x + mlp(layer.mlp, rms_norm(x, layer.post_norm, layer.eps), ranks, rows.positions)
-        if i in taps:
-            tapped[i] = x[:count]
-    x = rms_norm(x[logits_from:], target.norm, target.eps)
-    ranks.record(x)
-    logits = ranks.gather(linear(x, target.head))[: count - logits_from].float()
+        x, normed = ranks.add_norm(x, part, layer.input_norm)
+        if i - 1 in taps:
+            tapped[i - 1] = x[:count]
+        part = attention(layer.attention, cache, normed, rows, ranks)
+        x, normed = ranks.add_norm(x, part, layer.post_norm)
+        part = mlp(layer.mlp, normed, ranks, rows.positions)
+    x, normed = ranks.add_norm(x, part, target.norm)
+    tapped[len(target.layers) - 1] = x[:count]
+    normed = normed[logits_from:]
+    ranks.record(normed)
+    logits = ranks.gather(linear(normed, target.head))[: count - logits_from].float()
     return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
 
 
@@ -299,11 +339,14 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
 
     Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
     """
-    context = rms_norm(drafter.ranks.gather(linear(taps, drafter.fc)), drafter.hidden_norm, drafter.eps)
+    _, context = add_norm(drafter.ranks.gather(linear(taps, drafter.fc)), None, drafter.hidden_norm)
     rows = Rows(start, len(taps), taps)
     for layer, cache in zip(drafter.layers, caches, strict=True):
-        _, k, v = project(layer.attention, context, rows, queries=False)
-        cache.write(k, v, start)
+        if isinstance(start, torch.Tensor):
+            stored_heads(layer.attention, context, rows, cache.ring(), start, len(taps), queries=False)
+        else:
+            _, k, v = project(layer.attention, context, rows, queries=False)
+            cache.write(k, v, start)
 
 
 def keep_rows(caches: Sequence[RingCache], path: Sequence[int], start: int) -> None:
@@ -350,12 +393,13 @@ def draft_forward(
     if drafter.causal:
         own = own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu_(1), float("-inf"))
     mask = torch.cat((own, mask), dim=-1)
+    update = None
     for layer, cache in zip(drafter.layers, caches, strict=True):
+        x, normed = add_norm(x, update, layer.input_norm)
         attend_block = partial(draft_attention, layer, cache, rows=rows, mask=mask, ranks=ranks)
-        x = x + convolved(layer.attention_conv, rms_norm(x, layer.input_norm, layer.eps), attend_block)
-        mlp_block = partial(mlp, layer.mlp, ranks=ranks)
-        x = x + convolved(layer.mlp_conv, rms_norm(x, layer.post_norm, layer.eps), mlp_block)
-    hidden = rms_norm(x, drafter.norm, drafter.eps)
+        x, normed = add_norm(x, convolved(layer.attention_conv, normed, attend_block), layer.post_norm)
+        update = convolved(layer.mlp_conv, normed, partial(draft_mlp, layer.mlp, ranks=ranks))
+    x, hidden = add_norm(x, update, drafter.norm)
     ranks.record(hidden)
     logits = ranks.gather(linear(hidden, target.head))[1:].float()
     return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
@@ -367,10 +411,14 @@ def draft_attention(
     """Attention of a drafter's block over [its own keys | the context ring], mask [B, B + S]."""
     w, used = layer.attention, mask.shape[1]
     ranks.record(x)
-    q, k, v = project(w, x, rows)
-    cache.k[:, : cache.scratch], cache.v[:, : cache.scratch] = k.transpose(0, 1), v.transpose(0, 1)
+    q = stored_heads(w, x, rows, (cache.k[:, : cache.scratch], cache.v[:, : cache.scratch]), None, len(x))
     out = attend(q, cache.k[:, :used], cache.v[:, :used], mask, w.geometry.head_dim**-0.5, w.sink)
     return ranks.sum(linear(out, w.o))
+
+
+def draft_mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The MLP of a drafter's layer, of all ranks together."""
+    return ranks.sum(mlp(w, x, ranks))
 
 
 def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:

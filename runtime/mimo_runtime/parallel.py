@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from mimo_kernels import residual
+from mimo_runtime.norms import Norm, add_norm
 from mimo_runtime.watch import Watch
 
 START_SECONDS = 300  # a launcher may start processes far apart
@@ -35,6 +37,10 @@ class Ranks:
         """The contributions x [T, H] of all ranks, added in rank order in float32 and rounded once to x's dtype."""
         assert self.size == 1
         return x
+
+    def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + the sum of the contributions `part` of all ranks, its norm), each [T, H]; None is no contribution."""
+        return add_norm(x, None if part is None else self.sum(part), norm)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] of all ranks -> [..., size * n], in rank order."""
@@ -95,6 +101,11 @@ class Group(Ranks):
         for part in parts[1:]:
             total += part
         return total.to(x.dtype)
+
+    def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        if part is None or not norm.fuses(x):
+            return super().add_norm(x, part, norm)
+        return residual.add_rms_norm(x, self._all(part), norm.weight, norm.eps)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._all(x).unbind(0), dim=-1)

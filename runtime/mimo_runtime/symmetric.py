@@ -15,6 +15,7 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here u
 import torch
 
 from mimo_kernels import allreduce
+from mimo_runtime.norms import Norm, add_norm
 from mimo_runtime.parallel import START_SECONDS, Group
 from mimo_runtime.watch import Watch
 
@@ -48,6 +49,9 @@ class Symmetric(Group):
         self._check()
         self.watch.calls += 1
         return allreduce.all_reduce(x.contiguous(), self.channel)
+
+    def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_norm(x, None if part is None else self.sum(part), norm)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         self._check()

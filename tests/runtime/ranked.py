@@ -47,7 +47,7 @@ def misbehave(engine: Engine, then: str) -> str:
         if len(parts) != 4 or engine.ranks.rank != engine.ranks.size - 1:
             return
         if then == "differs":
-            engine.target.layers[1].post_norm[3] += 1e-6
+            engine.target.layers[1].post_norm.weight[3] += 1e-6
         elif then == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         elif then == "hangs":

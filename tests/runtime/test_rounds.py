@@ -181,7 +181,7 @@ def looks_ahead(engine: Engine, ahead: int, graphs: bool = False) -> None:
 def with_selector(engine: Engine) -> None:
     """Gives the drafter a selector that matters."""
     drafter, noise = engine.drafter, torch.Generator().manual_seed(1)
-    sizes = (drafter.vocab_size, 8), (drafter.vocab_size, 8), (8, len(drafter.norm))
+    sizes = (drafter.vocab_size, 8), (drafter.vocab_size, 8), (8, len(drafter.norm.weight))
     before, after, projection = (torch.randn(*size, generator=noise) for size in sizes)
     engine.drafter = replace(drafter, selector=Selector(16, before, after, 0.02 * projection))
 

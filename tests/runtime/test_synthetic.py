@@ -91,7 +91,7 @@ def test_values_are_random_and_scaled(tiny_config):
     assert target.embed.std() == pytest.approx(1, rel=0.02)
     rows = torch.stack([gate_up[e, 0] for e in range(8)] + [target.layers[1].mlp.experts.gate_up[0, 0]])
     assert (torch.corrcoef(rows) - torch.eye(9)).abs().max() < 0.45  # 1/sqrt(96) is 0.10
-    assert (target.norm == 1).all() and (moe.bias == 0).all() and (drafter.layers[0].attention.q_norm == 1).all()
+    assert (target.norm.weight == 1).all() and (moe.bias == 0).all() and (drafter.layers[0].attention.q_norm == 1).all()
     assert drafter.mask_embedding.std() > 0.05 and target.layers[1].attention.sink.std() > 0
 
 

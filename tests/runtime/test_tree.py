@@ -44,7 +44,7 @@ def engine_for(folder, tree_budget: int, head: bool = False) -> Engine:
 
 
 def with_head(drafter):
-    h, vocab = len(drafter.norm), drafter.vocab_size
+    h, vocab = len(drafter.norm.weight), drafter.vocab_size
     conv = lambda i: Conv(  # noqa: E731
         torch.tensor([1.0, 0.2])[:, None].expand(2, 2, h) + 0.1 * some(2, 2, h, seed=i),
         0.1 * some(4 * h // 16, h, seed=i),
@@ -262,7 +262,7 @@ def test_convolutions_by_hand():
 
 def test_a_head_that_says_nothing_changes_no_draft(reference):
     engine = engine_for(reference, 0)
-    plain, h = engine.drafter, len(engine.drafter.norm)
+    plain, h = engine.drafter, len(engine.drafter.norm.weight)
     conv = Conv(torch.tensor([1.0, 0.0])[:, None].expand(2, 2, h), torch.zeros(4 * h // 16, h))
     layers = tuple(replace(layer, attention_conv=conv, mlp_conv=conv) for layer in plain.layers)
     selector = Selector(16, some(plain.vocab_size, 4), torch.zeros(plain.vocab_size, 4), some(4, h))
