@@ -151,8 +151,11 @@ def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchC
     for i, (prompt, ids) in enumerate(prompts):
         run: dict[str, Any] = {"domain": prompt.domain, "ids": ids}
         run |= {name: engine.generate(ids, cfg, **way) for name, way in how.items()}
-        drafted = [run[name] for name in how if name != "plain"]
-        run["equality"] = [compare(engine, ids, run["plain"].tokens, out.tokens) for out in drafted]
+        run["equality"] = [
+            {"prompt": i, "way": name} | compare(engine, ids, run["plain"].tokens, run[name].tokens)
+            for name in how
+            if name != "plain"
+        ]
         runs.append(run)
         if sys.stderr.isatty():
             print(f"\rprompt {i + 1}/{len(prompts)}", end="\n" * (i + 1 == len(prompts)), file=sys.stderr, flush=True)
@@ -255,9 +258,11 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     equal = [e for r in runs for e in r["equality"]]
     different = [e for e in equal if not e["identical"]]
     if equal:
-        print(f"output with and without drafts: {len(equal) - len(different)} of {len(equal)} identical")
+        for way in dict.fromkeys(e["way"] for e in equal):
+            same = [e["identical"] for e in equal if e["way"] == way]
+            print(f"output without drafts and {way}: {sum(same)} of {len(same)} identical")
         for e in different[:3]:
-            print(f"  parts at token {e.get('at')}, where the logit gap is {e.get('gap', 0):.2g}")
+            print(f"  {e['way']} parts at token {e.get('at')}, where the logit gap is {e.get('gap', 0):.2g}")
     made = conditions(engine, asdict(cfg))
     document = {
         "ok": all(e["near_tie"] for e in different),

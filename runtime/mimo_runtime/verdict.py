@@ -94,7 +94,7 @@ def _lossless_row(b: dict[str, Any]) -> Row:
     claim, published = "same output with and without drafts", "lossless"
     if b["identical"] is None:
         return Row(claim, published, "no drafter", "not measured")
-    apart = len(b["divergences"])
+    apart = len({d["prompt"] for d in b["divergences"]})
     measured = f"{b['prompts'] - apart} of {b['prompts']} prompts identical"
     verdict = "yes" if b["identical"] else "up to rounding of near-ties" if b["ok"] else "FAILED"
     return Row(claim, published, measured, verdict)

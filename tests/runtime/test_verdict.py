@@ -145,7 +145,7 @@ def test_what_was_not_measured_is_said(keep):
 
 
 def test_what_failed_fails(keep, capsys):
-    apart = BENCH | {"ok": False, "identical": False, "divergences": [{"identical": False}] * 2}
+    apart = BENCH | {"ok": False, "identical": False, "divergences": [{"prompt": p, "way": "drafted"} for p in (0, 2)]}
     folder = keep(env=ENV, check=CHECK | {"ok": False, "errors": 3}, bench=apart, quality=None)
     document = main(VerdictConfig(folder=str(folder)))
     assert document["ok"] is False and document["failed"] == ["bench", "check", "quality"]
