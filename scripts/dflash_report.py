@@ -18,7 +18,7 @@ CODE = "code T=0.0"
 TABLES = {  # title: arms, the first is what the others differ from
     "Head, blocks of 16": (
         *("short b8", "short b16", "short b16 conv", "short b16 selector", "short b16 conv + selector"),
-        "short b16 all",
+        *("short b16 all", "short b16 all, tv at the end"),
     ),
     "Loss": ("short b8", "short b8 dpace", "short b8 ce, tv at the end", "short b8 dpace, tv at the end"),
     "Taps": (
