@@ -8,7 +8,7 @@ last, writes the figures as records with `--out docs/results/NAME.json`, and exi
 import argparse
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -19,25 +19,18 @@ from mimo_qat.provenance import write_json
 from mimo_runtime.bench import conditions, record, whole_rounds
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
-from mimo_runtime.load import Drafter
 from mimo_runtime.prompts import encode, load_prompts, load_tokenizer
-from mimo_runtime.weights import KernelWeight
 
 
-def randomised(drafter: Drafter) -> Drafter:
-    """The same drafter with random layers: what it proposes is noise."""
-    torch.manual_seed(0)
-
-    def noise(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None or t.dim() < 2 else torch.randn_like(t) * t.float().std().to(t.dtype)
-
-    layers = []
-    for layer in drafter.layers:
-        random = {name: noise(value) for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
-        layers.append(replace(layer, **{name: value for name, value in random.items() if value is not None}))
-    fc = noise(drafter.fc.values if isinstance(drafter.fc, KernelWeight) else drafter.fc)
-    assert fc is not None
-    return replace(drafter, fc=fc, layers=tuple(layers))
+def randomised(part: Any) -> Any:
+    """The same part of a drafter with random matrices: what it proposes is noise."""
+    if isinstance(part, torch.Tensor):
+        return part if part.dim() < 2 else torch.randn_like(part) * part.float().std().to(part.dtype)
+    if isinstance(part, tuple):
+        return tuple(map(randomised, part))
+    if is_dataclass(part):
+        return replace(part, **{f.name: randomised(getattr(part, f.name)) for f in fields(part)})
+    return part
 
 
 def records(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,7 +70,8 @@ def main() -> int:
         ids = encode(tokenizer, prompt.text)
         runs["plain"].append(engine.generate(ids, sampling, speculate=False))
         runs["drafter"].append(engine.generate(ids, sampling))
-        engine.drafter = randomised(trained)
+        torch.manual_seed(0)
+        engine.drafter = replace(trained, fc=randomised(trained.fc), layers=randomised(trained.layers))
         runs["random drafter"].append(engine.generate(ids, sampling))
         engine.drafter = trained
         runs["forced 0 to B-1"].append(engine.generate(ids, sampling, forced_acceptance=every_length))
