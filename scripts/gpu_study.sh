@@ -129,7 +129,9 @@ lane_b() { # GPU
     [ "$gpus" -lt 2 ] || answer $1 1
     await answers-0 code-prompts || return
     drafter_study drafter-best $1 --arms '^best b16'
-    release best "$work/drafter-best/best-b16/dflash" $1
+    release best "$work/drafter-best/best-b16/dflash" $1 &&
+        step generate $1 $python scripts/compare_generate.py "$work/release-best" --reference "$work/qad-long/qad-long" \
+            --prompts "$work/code.jsonl" --cuda_graphs --out "$work/generate.json"
     drafter_study drafter-short-b16 $1 --arms '^short b16'
     step peers $1 $python scripts/compare_drafters.py --model "$work/qad-long/qad-long" --data "$work/packed.safetensors" \
         --out "$work/drafters.json" --block_sizes 16 --arms ours_adamw specforge speculators speculators_eager \
@@ -141,7 +143,7 @@ lane_a 0 &
 lane_b $((gpus > 1)) &
 wait
 all="upcycle pack prompts teacher qad-main qad-long answers-0 code-prompts drafter-plain drafter-best release-plain bench-plain
-    release-best bench-best drafter-short-b8 drafter-short-b16 parity modelopt peers qad-times"
+    release-best bench-best generate drafter-short-b8 drafter-short-b16 parity modelopt peers qad-times"
 [ "$gpus" -lt 2 ] || all+=" answers-1"
 missing=$(for name in $all; do [ -e "$work/done/$name" ] || echo -n " $name"; done)
 for name in $all; do [ -e "$work/done/$name" ] && echo "$name: $(cat "$work/done/$name")"; done
