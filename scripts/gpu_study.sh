@@ -4,9 +4,10 @@
 #   upcycle, pack -> continued training until experts differ -> QAD, its ablations, ModelOpt
 #                 -> the target's own answers -> drafters, their ablations, peers, releases, benches
 #
-# Two lanes use a GPU each, or take turns on the only one; the teacher and the answers take both. A step that is done is not done again, and nothing starts that
-# could not run before SECONDS are over, so the script may be called until it prints "all steps are done". Figures are in
-# WORK/*.json after every arm; scripts/qad_report.py and scripts/dflash_report.py turn them into results.
+# Two lanes use a GPU each, or take turns on the only one; the teacher and the answers take both. A step that is done is not
+# done again, and nothing starts that could not run before SECONDS are over, so the script may be called until it prints "all
+# steps are done". Figures are in WORK/*.json after every arm; scripts/qad_report.py and scripts/dflash_report.py turn them
+# into results.
 # SOURCE (smollm2) is what is upcycled, MODULES (5500) how many Python modules of text are packed, TOKENIZER a folder with
 # the source's tokenizer, so that packing need not wait.
 set -uo pipefail
