@@ -21,7 +21,7 @@ verbs:
   quality    a release against its unquantised reference
   serve      an OpenAI-compatible server
 
-torchrun --nproc_per_node N -m mimo_runtime VERB FOLDER ... shares the model among N GPUs (generate and bench).
+torchrun --nproc_per_node N -m mimo_runtime VERB FOLDER ... shares the model among N GPUs (all verbs but quality).
 mimo-runtime VERB --help lists the fields of a verb; --print_config prints them as YAML."""
 
 
@@ -65,7 +65,8 @@ def quality(cfg: QualityConfig) -> dict[str, Any]:
 
 
 def serve(cfg: ServeConfig) -> None:
-    """An OpenAI-compatible server over one engine, until SIGTERM or SIGINT."""
+    """An OpenAI-compatible server over one engine, until SIGTERM or SIGINT. Of several processes the first one serves,
+    and the others do their part of each request."""
     try:
         from mimo_runtime.server import main
     except ModuleNotFoundError as error:
@@ -98,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mimo_qat.commands import run_one
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args[0] not in ("generate", "bench"):
-            print(f"error: {args[0]} runs in one process; generate and bench run in several", file=sys.stderr)
+        if args[0] == "quality":
+            print("error: quality runs in one process; generate, bench and serve run in several", file=sys.stderr)
             return 2
         if int(os.environ.get("RANK", 0)):  # the first rank speaks for all, the others for their errors
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end of the process

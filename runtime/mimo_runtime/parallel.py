@@ -1,7 +1,7 @@
 """Ranks that share one model: tensor parallelism behind three calls, `sum`, `gather` and `agree`.
 
 Every rank runs the whole program on its share of the weights. Activations between sublayers, routing, sampling noise
-(keyed by position) and therefore every decision are computed by all ranks alike, so nothing is ever broadcast. That
+(keyed by position) and therefore every decision are computed by all ranks alike, so nothing of it is broadcast. That
 holds only while all ranks have the same bits: `sum` adds in rank order everywhere, and `agree` proves the result.
 
 The transport is torch.distributed: gloo between CPU processes, NCCL between GPUs, where `symmetric.Symmetric` replaces
@@ -178,6 +178,16 @@ def _group(device: torch.device, watch: Watch, check: bool, collectives: str) ->
             if collectives == "symmetric":
                 raise
     return Group(watch.rank, watch.size, watch, check)
+
+
+def control_group(device: str) -> tuple[Watch, Any]:
+    """The watch of this process, and a gloo group beside the one of the sums, for words between the hosts: one may
+    wait in it for as long as a server is idle. A collective of all ranks, `device` as `place` gave it, before they
+    load: whoever waits for it inside the store keeps the watch's beats from it."""
+    import torch.distributed as dist
+
+    watch = _start(torch.device(device), *world())
+    return watch, dist.new_group(backend="gloo", timeout=timedelta(days=3650))
 
 
 @cache

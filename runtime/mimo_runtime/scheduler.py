@@ -22,6 +22,7 @@ from mimo_runtime.detokenize import Decoder, Detokenizer, StopStrings
 from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.protocol import ApiError
 from mimo_runtime.serve_config import ServeConfig
+from mimo_runtime.serve_ranks import SharedEngine
 
 log = logging.getLogger("mimo_runtime.serve")
 
@@ -36,6 +37,7 @@ class Metrics:
         "queue_length": ("gauge", "requests that wait"),
         "running": ("gauge", "requests in the engine, 0 or 1"),
         "sessions": ("gauge", "clients with a session"),
+        "ranks": ("gauge", "processes that share the model"),
         "acceptance_length": ("summary", "tokens a verification with drafts, the model's own token included"),
         "queue_seconds": ("summary", "time between arrival and start"),
         "prefill_seconds": ("summary", "time of prompts, to the first token, of generations that were not ended early"),
@@ -173,7 +175,7 @@ def _use(device: torch.device) -> None:
 class Scheduler:
     """The queue in front of one engine. `start` it inside of the event loop, `drain` and `close` it at the end."""
 
-    def __init__(self, engine: Engine, decoder: Decoder, cfg: ServeConfig):
+    def __init__(self, engine: Engine | SharedEngine, decoder: Decoder, cfg: ServeConfig):
         self.engine, self.decoder, self.cfg = engine, decoder, cfg
         self.metrics = Metrics()
         self.waiting: deque[Job] = deque()

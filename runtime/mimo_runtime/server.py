@@ -2,7 +2,9 @@
 
 An OpenAI-compatible server (chat completions and completions, streamed or not) over one engine that decodes one
 sequence at a time: for trying a release with ordinary clients, and for giving several people a turn. It does not
-batch; engines that do serve the same folder.
+batch; engines that do serve the same folder. A model of several GPUs (`serve_ranks`):
+
+    torchrun --nproc_per_node 8 -m mimo_runtime serve release --port 8000
 
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
@@ -22,7 +24,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import jinja2
@@ -38,10 +40,12 @@ from starlette.types import Receive, Scope, Send
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.detokenize import Decoder
 from mimo_runtime.engine import Engine
+from mimo_runtime.parallel import place, world
 from mimo_runtime.prompts import encode_messages, load_tokenizer
 from mimo_runtime.protocol import Answer, ApiError, Kind, Request, bad, parse, usage
 from mimo_runtime.scheduler import Done, Job, Scheduler, Sessions
 from mimo_runtime.serve_config import ServeConfig
+from mimo_runtime.serve_ranks import Control, SharedEngine, follow
 
 log = logging.getLogger("mimo_runtime.serve")
 
@@ -72,8 +76,8 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
 class Api:
     """What the endpoints share: scheduler, sessions, keys and the tokenizer of prompts."""
 
-    def __init__(self, engine: Engine, cfg: ServeConfig):
-        self.cfg, self.vocab_size = cfg, engine.target.geometry.vocab_size
+    def __init__(self, engine: Engine | SharedEngine, cfg: ServeConfig):
+        self.cfg, self.vocab_size, self.ranks = cfg, engine.target.geometry.vocab_size, engine.ranks.size
         # Two tokenizers, because two threads must not use one: prompts are encoded while the engine's thread decodes.
         self.tokenizer = load_tokenizer(cfg.folder)
         self.scheduler = Scheduler(engine, Decoder(load_tokenizer(cfg.folder)), cfg)
@@ -118,13 +122,14 @@ class Api:
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: 200, or 503 where the last generation failed or the server shuts down."""
         state = "failed" if self.scheduler.failed else "shutting down" if self.scheduler.draining else "ok"
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        return JSONResponse({"status": state, "ranks": self.ranks}, 200 if state == "ok" else 503)
 
     async def metrics(self, _: HttpRequest) -> Response:
         """GET /metrics: Prometheus text."""
         s = self.scheduler
         sessions = self.sessions.count(time.monotonic())
-        text = s.metrics.text(queue_length=len(s.waiting), running=int(s.running is not None), sessions=sessions)
+        now = {"queue_length": len(s.waiting), "running": int(s.running is not None), "sessions": sessions}
+        text = s.metrics.text(**now, ranks=self.ranks)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def client(self, http: HttpRequest) -> str:
@@ -339,13 +344,21 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 
 def main(cfg: ServeConfig) -> None:
-    """Serves a release over HTTP until SIGTERM or SIGINT, then finishes what runs and exits with 0."""
+    """Serves a release over HTTP until SIGTERM or SIGINT, then finishes what runs and exits with 0. Of several ranks
+    the first one serves; the others do their part of each request, and end with it."""
+    rank, size = world()
+    if rank:
+        return follow(cfg)
     cfg.api_keys()  # refused before the model is loaded, as a port that is taken
     bound = listen(cfg)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    server = Server(Api(Engine(cfg.folder, cfg), cfg))
-    # uvicorn handles both signals and raises them again at its end; by then they are handled.
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: None)
-    server.run(sockets=[bound])
+    control = Control(place(cfg.device)) if size > 1 else None
+    engine = Engine(cfg.folder, cfg)
+    shared = SharedEngine(engine, control) if control else None
+    server = Server(Api(shared or engine, cfg))
+    with shared or nullcontext():
+        # uvicorn handles both signals and raises them again at its end; by then they are handled.
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: None)
+        server.run(sockets=[bound])

@@ -29,13 +29,14 @@ class Peer:
 
 
 class Watch(Thread):
-    """`calls` is counted up by the main thread before each collective. Ends the process when a rank is at fault."""
+    """`calls` is counted up before each collective by who decodes. Ends the process when a rank is at fault."""
 
     def __init__(self, store: Any, rank: int, size: int):
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.size = store, rank, size
         self.calls, self.timeout = 0, 20.0
         self._broken, self._over = Event(), Event()
+        self._why = ""
 
     def meet(self, seconds: float) -> None:
         """Waits until every rank has come; ValueError names one that has not after so many seconds."""
@@ -55,6 +56,11 @@ class Watch(Thread):
         """For the main thread after a broken collective: returns only if no rank turns out to be at fault."""
         self._broken.set()
         self.join(self.timeout + GRACE)
+
+    def stop(self, why: str) -> None:
+        """Says that this rank cannot go on. Returns at once; the watch then names it and ends the process of each rank,
+        where a plain exit would only be noticed at the next collective."""
+        self._why = why
 
     def end(self) -> None:
         """Says that this rank is done. Who may hold the store (rank 0) stays until the others are done as well."""
@@ -103,6 +109,8 @@ class Watch(Thread):
                 if calls != peer.calls:
                     peer.calls, peer.calls_at = calls, now
             faults = {r: why for r, peer in peers.items() if (why := self._fault(peer, mine, mine_at, now))}
+            if self._why:
+                faults = {self.rank: self._why}
             if faults:
                 self._halt(faults)
 
@@ -119,14 +127,16 @@ class Watch(Thread):
         return None
 
     def _halt(self, faults: dict[int, str]) -> None:
-        """Ends this process, since its main thread may never return. One of the healthy ranks says why, and tells the
-        others to end as well; they wait for that, because a launcher ends all processes when one does."""
+        """Ends this process, since its main thread may never return. One of the healthy ranks, or who said `stop`, says
+        why, and tells the others to end as well; they wait for that, because a launcher ends all processes when one
+        does."""
         if self._over.is_set():
             return
-        if self.rank == min(set(range(self.size)) - set(faults)):
-            for r, why in faults.items():
-                print(f"error: rank {r} of {self.size} stopped the run: {why}", file=sys.stderr, flush=True)
+        if self._why or self.rank == min(set(range(self.size)) - set(faults)):
+            first = True
             with suppress(RuntimeError):  # without a store they find that out for themselves
-                self.store.set("stopped", "")
+                first = self.store.add("stopped", 1) == 1
+            for r, why in faults.items() if first else ():
+                print(f"error: rank {r} of {self.size} stopped the run: {why}", file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(1)

@@ -323,5 +323,5 @@ def test_torchrun_generates_and_measures(with_tokenizer, capsys, tmp_path):
     document = json.loads(done.stdout.decode().strip().splitlines()[-1])
     assert document["ok"] and document["identical"] and json.loads(output.read_text()) == document
     assert document["conditions"]["ranks"] == 2 and math.isfinite(document["plain_tokens_per_second"])
-    refused = torchrun("serve", str(release))
-    assert refused.returncode != 0 and "serve runs in one process" in refused.stderr.decode()
+    refused = torchrun("quality", str(release), "--reference=none")
+    assert refused.returncode != 0 and "quality runs in one process" in refused.stderr.decode()

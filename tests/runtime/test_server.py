@@ -36,6 +36,7 @@ class PacedEngine:
 
     def __init__(self, engine: Engine):
         self.engine, self.target, self.drafter, self.device = engine, engine.target, engine.drafter, engine.device
+        self.ranks = engine.ranks
         self.gate, self.pause, self.fail, self.rounds, self.group = threading.Event(), 0.0, False, 0, 1
         self.gate.set()
 
@@ -529,7 +530,7 @@ def test_a_failing_engine_is_reported_and_tried_again(serve):
     assert httpx.get(server.url + "/health").status_code == 503
     server.engine.fail = False
     assert server.post({"messages": ASK, "max_tokens": 2}).status_code == 200
-    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert httpx.get(server.url + "/health").json() == {"status": "ok", "ranks": 1}
 
 
 @pytest.mark.parametrize("patience", [10.0, 0.1], ids=["finishes", "cuts"])
