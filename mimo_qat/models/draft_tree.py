@@ -191,10 +191,10 @@ class TreeTensors(NamedTuple):
         nodes = len(self.tokens)
         length = min(slots, nodes) + 1
         right = self.tokens == choices[self.parents]
-        on_path = ~(self.visible[1:, 1:] & ~right).any(-1)
+        wrong = (self.visible[1:, 1:] & ~right).any(-1)
         rows = torch.arange(max(length, nodes) + 1, device=choices.device)
-        place = torch.where(on_path, self.depths[1:], length)  # all others go to one place that is cut off
-        return rows[: length + 1].scatter(0, place, rows[1 : nodes + 1])[:length], on_path.sum()
+        place = self.depths[1:].masked_fill(wrong, length)  # a place that is cut off
+        return rows[: length + 1].scatter(0, place, rows[1 : nodes + 1])[:length], (~wrong).sum()
 
 
 def tree_size(slots: int, top_k: int, budget: int) -> int:

@@ -73,7 +73,7 @@ def test_graphs_ahead_decode_the_bits_of_eager_rounds(release, tiny_config, monk
 @pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
 @pytest.mark.parametrize("budget", [5, 21])
 def test_trees_in_graphs_ahead_decode_what_eager_ones_do(release, tiny_config, monkeypatch, head, budget):
-    """As above, of trees, in float32; also the tokens of plain decoding, and the rounds of trees that a host grows."""
+    """As above, of trees, in float32; also the tokens of plain decoding, and of trees that the host grows."""
     folder = with_drafter(release, tiny_config, head)
     eager, graphs = (engine_for(folder, "float32", on, 4 if on else 1, tree_budget=budget) for on in (False, True))
     step = eager._tree_round
@@ -88,7 +88,7 @@ def test_trees_in_graphs_ahead_decode_what_eager_ones_do(release, tiny_config, m
         assert graphs.generate(prompt, stopping).rounds == eager.generate(prompt, stopping).rounds
         with monkeypatch.context() as patch:
             patch.setattr(eager, "_trees", eager._host_trees)
-            assert eager.generate(prompt, settings).rounds == expected.rounds
+            assert eager.generate(prompt, settings).tokens == expected.tokens
     assert len(graphs.rounds.graphs) == 8  # two of the samplings differ in temperature and seed only; trees and plain
 
 
@@ -161,10 +161,10 @@ def host_us_per_round(engine: Engine, settings: SamplingConfig, **how) -> tuple[
     return (out.decode_seconds * 1e6 - device) / len(out.rounds), device / len(out.rounds)
 
 
-@pytest.mark.parametrize("how", WAYS[:2], ids=str)
+@pytest.mark.parametrize("how", ({"speculate": False}, {"tree": False}, {}), ids=str)
 def test_the_host_costs_next_to_nothing(release, tiny_config, how):
     """With rounds_ahead 1 the device waits for the host. The bound is loose: other jobs may share the host."""
-    graphs = engine_for(with_drafter(release, tiny_config, False), "bfloat16", True, 4)
+    graphs = engine_for(with_drafter(release, tiny_config, False), "bfloat16", True, 4, tree_budget=21)
     settings = SamplingConfig(max_new_tokens=200)
     for ahead in (1, 4):
         graphs.rounds = Rounds(graphs.state, ahead, True, graphs.ranks)

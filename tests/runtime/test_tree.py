@@ -233,7 +233,8 @@ def test_rows_of_a_tree_and_what_it_leaves_equal_a_prefill(reference, seed):
         true = slice(start, start + len(path))
         torch.testing.assert_close(logits[path], expected[true], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got[path], tapped[true], rtol=1e-4, atol=1e-4)
-        keep_rows(caches, torch.tensor(path), start)
+        others = range(len(path), rng.choice((len(path), len(rows))))  # in their own places, as after a walk of tensors
+        keep_rows(caches, torch.tensor([*path, *others]), start)
         moved += path != list(range(len(path)))
         start += len(path)
     assert moved > 3
