@@ -394,6 +394,30 @@ def test_positions_as_tensors_decode_the_same(reference, monkeypatch, kind, head
     assert Replayed.made - before == 3  # draft, tree, and the forced tree, which has 14 nodes
 
 
+class ReplayedRound(Replayed):
+    """The same of a whole round: warm-ups that change no number, then the same function over and over."""
+
+    def __init__(self, function, inputs, pool=None):
+        super().__init__(function, inputs)
+        self.graph = self
+        for _ in range(2):
+            function()
+
+    def pool(self):
+        return None
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_a_graph_of_trees_serves_every_prompt_temperature_and_seed(reference, monkeypatch, head):
+    monkeypatch.setattr("mimo_runtime.rounds.Graph", ReplayedRound)
+    engine = engine_for(reference, 20, head)
+    many = [SamplingConfig(max_new_tokens=25, temperature=t, seed=s) for t, s in ((0.0, 0), (1.5, 3), (2.5, 4))]
+    expected = [engine.generate(p, s).rounds for s in many for p in (PROMPT, [9])]
+    engine.rounds, before = Rounds(engine.state, 3, True, engine.ranks), Replayed.made
+    assert [engine.generate(p, s).rounds for s in many for p in (PROMPT, [9])] == expected
+    assert Replayed.made - before == 2  # greedy and sampled
+
+
 def test_graphs_need_a_gpu(reference):
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
         Engine(reference, EngineConfig(device="cpu", max_len=64, cuda_graphs=True))
