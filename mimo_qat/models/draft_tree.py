@@ -6,14 +6,17 @@ of its slots' marginals (DDTree, arXiv 2604.12989); with the DFlash2 selector it
 p(token | token before it), a proper probability of the draft. Training needs nothing of this.
 
 Rows of a verification: 0 is the anchor (the last committed token), row i the i-th node. A node's parent always has the
-smaller row. Letters: D slots (block size - 1), k candidates a slot, P predecessors (1 or k), r selector rank.
+smaller row. `grow_tree` is the program of a host, `grow_tree_tensors` that of a device, in fixed shapes and without a
+word from the host; both give the same nodes in the same order.
+
+Letters: D slots (block size - 1), k candidates a slot, P predecessors (1 or k), r selector rank, n nodes.
 """
 
 import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from typing import NamedTuple
 
 import torch
 
@@ -130,6 +133,9 @@ class Tree:
 def grow_tree(candidates: Candidates, budget: int, width: int | None = None) -> Tree:
     """The `budget` most probable prefixes (fewer where the candidates have no more), most probable first.
 
+    Equally probable ones (logits in BF16 tie often) come by depth, then by the parent's row, then the more probable
+    after that parent, then the lower id: parents stay before children, and no order depends on the program.
+
     A heap holds each popped node's next sibling and first child, and nothing else can come next, because a prefix is
     never less probable than what continues it. `width` limits the children of a node: 1 gives the greedy chain.
     """
@@ -145,21 +151,17 @@ def grow_tree(candidates: Candidates, budget: int, width: int | None = None) -> 
         return ordered[key]
 
     tree = Tree([], [], [], [])
-    heap: list[
-        tuple[float, int, int, int, int]
-    ] = []  # (-log p of the prefix, tie: pushed first, parent, its rank, nth)
+    heap: list[tuple[float, int, int, int, int]] = []  # (-log p of the prefix, slot, parent, nth child, predecessor)
 
     def push(parent: int, predecessor: int, nth: int) -> None:
-        above = tree.log_probs[parent - 1] if parent else 0.0
-        options = children(tree.depths[parent - 1] if parent else 0, predecessor)
+        slot, above = (tree.depths[parent - 1], tree.log_probs[parent - 1]) if parent else (0, 0.0)
+        options = children(slot, predecessor)
         if nth < len(options):
-            heapq.heappush(heap, (options[nth][0] - above, next(pushed), parent, predecessor, nth))
+            heapq.heappush(heap, (options[nth][0] - above, slot, parent, nth, predecessor))
 
-    pushed = count()
     push(0, 0, 0)
     while heap and len(tree) < budget:
-        negative, _, parent, predecessor, nth = heapq.heappop(heap)
-        slot = tree.depths[parent - 1] if parent else 0
+        negative, slot, parent, nth, predecessor = heapq.heappop(heap)
         candidate = children(slot, predecessor)[nth][1]
         tree.tokens.append(ids[slot][candidate])
         tree.parents.append(parent)
@@ -169,6 +171,81 @@ def grow_tree(candidates: Candidates, budget: int, width: int | None = None) -> 
         if slot + 1 < slots:
             push(len(tree), candidate, 0)
     return tree
+
+
+class TreeTensors(NamedTuple):
+    """A tree of n nodes in tensors of a device; children of one node have different tokens.
+
+    tokens [n] and parents [n], int64, as in `Tree`; depths [n + 1] int64 and visible [n + 1, n + 1] bool are of all
+    rows, the anchor with depth 0 first: row q sees row k iff k is q itself or an ancestor of it.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    visible: torch.Tensor
+
+    def walk(self, choices: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Tree.walk` by the target's `choices` [n + 1], in a tree of at most `slots` depths: the path's rows
+        [min(slots, n) + 1], and how many nodes [] it has. After them each place has its own number as the row."""
+        nodes = len(self.tokens)
+        length = min(slots, nodes) + 1
+        right = self.tokens == choices[self.parents]
+        wrong = (self.visible[1:, 1:] & ~right).any(-1)
+        rows = torch.arange(max(length, nodes) + 1, device=choices.device)
+        place = self.depths[1:].masked_fill(wrong, length)  # a place that is cut off
+        return rows[: length + 1].scatter(0, place, rows[1 : nodes + 1])[:length], (~wrong).sum()
+
+
+def tree_size(slots: int, top_k: int, budget: int) -> int:
+    """Nodes of a grown tree: `budget`, or all prefixes of `top_k` candidates in each slot where they are fewer."""
+    total, level = 0, 1
+    for _ in range(slots):
+        level = min(level * top_k, budget)
+        total += level
+    return min(total, budget)
+
+
+def grow_tree_tensors(candidates: Candidates, budget: int) -> TreeTensors:
+    """`grow_tree` on the device of the candidates (ids [D, k]): the same `tree_size(D, k, budget)` nodes, whose number
+    no value changes, so that nothing has to be padded.
+
+    Level by level: a prefix among the best `budget` has its parent among them, hence among the best `budget` of the
+    parent's depth. Stable sorts keep the order of ties, because each level lies there by parent and child.
+    """
+    ids, log_probs = candidates.ids, candidates.log_probs
+    slots, top_k = ids.shape
+    values, ranks = log_probs.double().sort(dim=-1, descending=True, stable=True)
+    # Of the prefixes of a level, best first: log-probability, and the candidate that ends each.
+    score, last = values.new_zeros(1), ranks.new_zeros(1)
+    scores, ends, cells = [], [], []
+    before = 0  # prefixes of the levels above the parents', the anchor among them
+    for slot in range(slots):
+        parents, row = len(score), last if len(log_probs[slot]) > 1 else slice(None)
+        score, cell = (score[:, None] + values[slot, row]).flatten().sort(descending=True, stable=True)
+        score, cell = score[:budget], cell[:budget]
+        last = ranks[slot, row].expand(parents, -1).flatten()[cell]
+        scores.append(score)
+        ends.append(last)
+        cells.append(cell + before * top_k)
+        before += parents
+    order = torch.cat(scores).sort(descending=True, stable=True).indices[:budget]
+    numbers = torch.arange(1, len(order) + 1, device=ids.device)
+    rows = order.new_zeros(before + len(score)).scatter(0, order + 1, numbers)
+    parent = rows[torch.cat(cells)[order] // top_k]
+    visible = _visible(parent, slots)
+    depths = visible.sum(-1) - 1
+    return TreeTensors(ids[depths[1:] - 1, torch.cat(ends)[order]], parent, depths, visible)
+
+
+def _visible(parents: torch.Tensor, slots: int) -> torch.Tensor:
+    """`Tree.visible` of parents [n], no node deeper than `slots`: each pass doubles how far up a row sees."""
+    up = torch.cat((parents.new_zeros(1), parents))
+    seen = torch.eye(len(up), dtype=torch.bool, device=parents.device)
+    for _ in range(slots.bit_length()):
+        seen = seen | seen[up]
+        up = up[up]
+    return seen
 
 
 def best_prefix(tree: Tree, seconds: Callable[[int], float]) -> Tree:

@@ -38,7 +38,7 @@ class RingCache:
         """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay."""
         if isinstance(start, torch.Tensor):
             assert len(k) <= self.capacity
-            slots = self.scratch + (start + torch.arange(len(k), device=k.device)) % self.capacity
+            slots = self.slots(start + torch.arange(len(k), device=k.device))
             self.k.index_copy_(1, slots, k.transpose(0, 1))
             self.v.index_copy_(1, slots, v.transpose(0, 1))
             return
@@ -50,14 +50,14 @@ class RingCache:
             cache[:, self.scratch + first : self.scratch + first + fit] = new[:, :fit]
             cache[:, self.scratch : self.scratch + new.shape[1] - fit] = new[:, fit:]
 
-    def keep(self, rows: torch.Tensor, start: int) -> None:
-        """Moves the rows written at start + rows[i] to start + i, in place: what a verified tree leaves.
+    def slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where rows at `positions` live; the same for all caches of one `scratch` and `capacity`."""
+        return self.scratch + positions % self.capacity
 
-        `rows` [A] ascends from 0, so that every row moves down. Rows after start + A - 1 count as rejected.
-        """
-        held = self.scratch + (rows + start) % self.capacity
-        place = self.scratch + (torch.arange(len(rows), device=rows.device) + start) % self.capacity
-        self.k[:, place], self.v[:, place] = self.k[:, held], self.v[:, held]
+    def keep(self, held: torch.Tensor, place: torch.Tensor) -> None:
+        """Moves what is in the slots `held` [A] to the slots `place` [A], as if all at once."""
+        self.k.index_copy_(1, place, self.k.index_select(1, held))
+        self.v.index_copy_(1, place, self.v.index_select(1, held))
 
     def ring(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of the ring, keys [G, S, K] and values [G, S, V], as `mimo_kernels.attention` takes them."""

@@ -43,9 +43,9 @@ class EngineConfig:
     tree_adaptive: bool = False
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False
-    """replay each round, or of a tree its two passes, as one CUDA graph; attention then reads max_len keys"""
+    """replay each round, or of an adaptive tree its two passes, as one CUDA graph; attention then reads max_len keys"""
     rounds_ahead: int = 4
-    """on a GPU: rounds of plain and chain decoding enqueued before the first one's tokens are looked at; after a stop
+    """on a GPU: rounds enqueued before the first one's tokens are looked at, of adaptive trees always one; after a stop
     token the others are played in vain"""
     collectives: Literal["auto", "nccl", "symmetric"] = "nccl"
     """of several processes on GPUs: symmetric adds up to 16 rows in BF16 by one kernel over memory that the GPUs map of

@@ -17,7 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mimo_qat.models.draft_tree import Tree, best_prefix, greedy_chain, grow_tree
+from mimo_qat.models.draft_tree import (
+    Tree,
+    TreeTensors,
+    best_prefix,
+    greedy_chain,
+    grow_tree,
+    grow_tree_tensors,
+    tree_size,
+)
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
@@ -33,8 +41,16 @@ from mimo_runtime.model import (
     without_host,
 )
 from mimo_runtime.parallel import Ranks, connect, place
-from mimo_runtime.rounds import Rounds, State, forced_chain, play
-from mimo_runtime.speculate import Round, Sampler, choose, decode, draft_candidates, forced_drafts
+from mimo_runtime.rounds import Rounds, State, forced_chain, play, play_tree
+from mimo_runtime.speculate import (
+    Round,
+    Sampler,
+    candidates_a_slot,
+    choose,
+    decode,
+    draft_candidates,
+    forced_drafts,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
@@ -170,7 +186,7 @@ class Engine:
             room = 0 if first in sampling.stop_token_ids else sampling.max_new_tokens - 1
             job = Job(first, start, room, sampling, forced)
             began = time.perf_counter()
-            for r in self._trees(job, drafter, budget) if drafter and budget else self._chains(job, drafter):
+            for r in self._decoded(job, drafter, budget):
                 out.rounds.append(r)
                 self.ranks.agree(f"round {len(out.rounds)}", r.tokens)
                 out.tokens += r.tokens
@@ -189,6 +205,13 @@ class Engine:
             raise ValueError(f"forced_acceptance is {lengths}; give numbers of accepted drafts, 0 to {self.block - 1}")
         return Forced(self.generate(prompt_ids, sampling, speculate=False).tokens, len(prompt_ids), lengths)
 
+    def _decoded(self, job: Job, drafter: Drafter | None, budget: int) -> Iterator[Round]:
+        """The rounds of a job; with a `budget`, those of trees."""
+        if not drafter or not budget:
+            return self._chains(job, drafter)
+        on_host = job.forced is not None or self._seconds is not None
+        return self._host_trees(job, drafter, budget) if on_host else self._trees(job, drafter, budget)
+
     def _chains(self, job: Job, drafter: Drafter | None) -> Iterator[Round]:
         """Rounds of the device: chains of the drafter's or of forced drafts; without either, one token a round."""
         forced = job.forced is not None
@@ -204,10 +227,7 @@ class Engine:
         self, drafter: Drafter | None, sampler: Sampler, forced: bool, rows: int, bound: int | None
     ) -> None:
         """One round on `state`, whose anchor is not behind position `bound` (None: anywhere)."""
-        for cache in self.caches:
-            cache.reach = cache.capacity if bound is None else bound + rows
-        for cache in self.draft_caches:
-            cache.reach = cache.capacity if bound is None else bound
+        self._reach(bound, rows)
 
         def draft() -> torch.Tensor:
             self.mark("begin")
@@ -224,6 +244,13 @@ class Engine:
         play(self.state, draft, verify, sampler)
         self.mark("accept")
 
+    def _reach(self, bound: int | None, rows: int) -> None:
+        """Says how far a round of `rows` rows may read, whose anchor is not behind position `bound`."""
+        for cache in self.caches:
+            cache.reach = cache.capacity if bound is None else bound + rows
+        for cache in self.draft_caches:
+            cache.reach = cache.capacity if bound is None else bound
+
     def _draft(self, drafter: Drafter, sampler: Sampler) -> torch.Tensor:
         """The drafter's tokens [block - 1] after the anchor: the best of each slot, or the selector's chain."""
         anchor, start = self.state.anchor, self.state.position
@@ -233,7 +260,41 @@ class Engine:
         return greedy_chain(draft_candidates(drafter.selector, hidden, logits, anchor[0], start, sampler))
 
     def _trees(self, job: Job, drafter: Drafter, budget: int) -> Iterator[Round]:
-        """Rounds of trees of `budget` drafts, which the host grows and walks."""
+        """Rounds of the device, of trees of `budget` drafts."""
+        sampler = self.state.begin(job.first, job.start, job.sampling)
+        vocab_size = min(drafter.vocab_size, self.target.geometry.vocab_size)
+        drafted = tree_size(self.block - 1, candidates_a_slot(drafter.selector, vocab_size, sampler), budget)
+        step = partial(self._tree_round, drafter, sampler, drafted)
+        kind = ("tree", sampler.greedy, sampler.top_k, sampler.nucleus)
+        return self.rounds.run(step, kind, job.start, job.room, self.block, drafted)
+
+    def _tree_round(self, drafter: Drafter, sampler: Sampler, drafted: int, bound: int | None) -> None:
+        """One round of a tree on `state`, as `_chain_round`."""
+        self._reach(bound, drafted + 1)
+
+        def draft() -> TreeTensors:
+            self.mark("begin")
+            anchor, start = self.state.anchor, self.state.position
+            hidden, logits = draft_forward(self.target, drafter, self.draft_caches, anchor, start)
+            candidates = draft_candidates(drafter.selector, hidden, logits, anchor[0], start, sampler)
+            tree = grow_tree_tensors(candidates, drafted)
+            self.mark("draft")
+            return tree
+
+        def verify(ids: torch.Tensor, tree: TreeTensors, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = self._verify_tree(ids, position, tree.depths, tree.visible)
+            self.mark("verify")
+            return found
+
+        def keep(path: torch.Tensor, taps: torch.Tensor, position: torch.Tensor) -> None:
+            keep_rows(self.caches, path, position)
+            draft_context(drafter, self.draft_caches, taps[path], position)
+
+        play_tree(self.state, draft, verify, keep, self.block - 1, sampler)
+        self.mark("accept")
+
+    def _host_trees(self, job: Job, drafter: Drafter, budget: int) -> Iterator[Round]:
+        """Rounds of trees that the host grows and walks: of the size that pays, or of forced drafts."""
         sampler = Sampler.of(job.sampling, self.device)
         forced, taps = None, torch.empty(0)
         if job.forced:  # about so many nodes, most of them wrong siblings
@@ -254,7 +315,8 @@ class Engine:
             return logits
 
         def commit(path: list[int], start: int) -> None:
-            keep_rows(self.caches, path, start)
+            if path != list(range(len(path))):  # else they are in place
+                keep_rows(self.caches, self._tensor(path), start)
             draft_context(drafter, self.draft_caches, taps[path], start)
             self.mark("accept")
 

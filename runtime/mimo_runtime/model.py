@@ -349,12 +349,17 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
             cache.write(k, v, start)
 
 
-def keep_rows(caches: Sequence[RingCache], path: Sequence[int], start: int) -> None:
-    """After a tree at `start` was verified: its rows `path` (from the anchor down) become positions start.. ."""
-    if list(path) != list(range(len(path))):  # else they are in place
-        rows = torch.tensor(path, device=caches[0].k.device)
-        for cache in caches:
-            cache.keep(rows, start)
+def keep_rows(caches: Sequence[RingCache], path: torch.Tensor, start: Position) -> None:
+    """After a tree at `start` was verified: its rows `path` [A] (from the anchor down) become positions start.. .
+
+    All rows after the first A count as rejected, and so may some of the A, each of which stays in its own place.
+    """
+    own, slots = torch.arange(len(path), device=path.device), {}
+    for cache in caches:
+        kind = cache.scratch, cache.capacity
+        if kind not in slots:
+            slots[kind] = cache.slots(path + start), cache.slots(own + start)
+        cache.keep(*slots[kind])
 
 
 def block_conv(x: torch.Tensor, base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """A decoding round as one program of the device: draft, verify, accept and advance, without a word from the host.
 
+The drafts are a chain or a tree of a fixed size; the trees that the host grows are in `speculate`.
+
 All that changes from round to round is in the tensors of a `State`. So a round has no argument and no result, a CUDA
 graph of it can be replayed any number of times, and the host enqueues rounds ahead of the one whose tokens it reads.
 Once a stop token or the budget has set `left` to 0, a further round commits nothing: its rows lie behind the committed
@@ -15,6 +17,7 @@ from functools import partial
 
 import torch
 
+from mimo_qat.models.draft_tree import TreeTensors
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.graphs import Graph
 from mimo_runtime.parallel import Ranks
@@ -32,7 +35,7 @@ class State:
     left []: tokens that may still come, 0 when the text has ended; turn []: rounds that committed a token; stops
     [vocabulary] bool: tokens that end the text.
     record [3 + block]: what the last round did: tokens committed, drafts accepted, `left` after it, and the target's
-    own token at each row, of which the first ones are those committed.
+    own token at each row of the chain or of the tree's path, of which the first ones are those committed.
     truth [max_len + block + 1] and accept [max_len + 1], for forced acceptance: the token at each position (-1 where it
     is not known) and the drafts to accept in each round.
     """
@@ -82,13 +85,13 @@ def forced_chain(state: State, count: int) -> torch.Tensor:
     return torch.where(slots < accept, ahead, (ahead + 1) % len(state.stops))
 
 
-def commit(state: State, drafts: torch.Tensor, own: torch.Tensor) -> None:
-    """Advances `state` by the drafts [D] that are the target's own tokens `own` [D + 1], and by the one after them.
+def commit(state: State, accepted: torch.Tensor, own: torch.Tensor) -> None:
+    """Advances `state` by `accepted` [] drafts, which are the target's own tokens, and by the one after them.
 
-    `own[i]` is the target's token after the anchor and i drafts. A stop token or the budget may end the round earlier.
+    `own[i]` of [D + 1] is the target's token after the anchor and i drafts, whatever it is after more than were
+    accepted. A stop token or the budget may end the round earlier.
     """
     rows = torch.arange(len(own), device=own.device)
-    accepted = (drafts == own[:-1]).long().cumprod(0).sum()
     stop = rows.masked_fill(~state.stops[own], len(own)).amin()
     kept = torch.minimum(torch.minimum(accepted, stop) + 1, state.left)
     state.left.copy_((state.left - kept).masked_fill(stop < kept, 0))
@@ -110,7 +113,32 @@ def play(
     drafts = draft()
     rows = torch.cat((state.anchor, drafts))
     positions = state.position + 1 + torch.arange(len(rows), device=rows.device)
-    commit(state, drafts, choose(verify(rows, state.position), positions, sampler))
+    own = choose(verify(rows, state.position), positions, sampler)
+    commit(state, (drafts == own[:-1]).long().cumprod(0).sum(), own)
+
+
+def play_tree(
+    state: State,
+    draft: Callable[[], TreeTensors],
+    verify: Callable[[torch.Tensor, TreeTensors, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+    slots: int,
+    sampler: Sampler,
+) -> None:
+    """One round of a tree: `draft()` gives n nodes, at most `slots` deep, `verify(rows [n + 1], tree, position [])` the
+    target's logits [n + 1, vocabulary] after each of [anchor, nodes...], and the taps of these rows.
+
+    `keep(path [A], taps, position [])` makes those rows the ones at position, position + 1, ...; A is fixed, and what
+    lies beyond the committed length afterwards counts as rejected. All nodes of a depth share one position, hence one
+    noise: the text is that of plain decoding.
+    """
+    tree = draft()
+    rows = torch.cat((state.anchor, tree.tokens))
+    logits, taps = verify(rows, tree, state.position)
+    own = choose(logits, state.position + 1 + tree.depths, sampler)
+    path, accepted = tree.walk(own, slots)
+    keep(path, taps, state.position)
+    commit(state, accepted, own[path])
 
 
 class Rounds:
@@ -127,11 +155,15 @@ class Rounds:
         self.records = torch.zeros(ahead, len(state.record), dtype=torch.int64, pin_memory=cuda)
         self.events = [torch.cuda.Event() for _ in range(ahead)] if cuda else []
 
-    def run(self, step: Step, kind: Hashable, start: int, left: int, rows: int) -> Iterator[Round]:
+    def run(
+        self, step: Step, kind: Hashable, start: int, left: int, most: int, drafted: int | None = None
+    ) -> Iterator[Round]:
         """Yields rounds until `left` tokens are committed or a stop token is. The state has just begun at `start`.
 
-        `step` plays rounds of `rows` rows; as a graph it is captured once for each `kind`.
+        `step` plays rounds of `drafted` drafts (most - 1 without it) that commit at most `most` tokens; as a graph it
+        is captured once for each `kind`.
         """
+        drafted = most - 1 if drafted is None else drafted
         if self.graphs is not None:
             step = self._captured(step, kind)
         self.state.left.fill_(left)
@@ -140,11 +172,11 @@ class Rounds:
         while left:
             while len(waiting) < min(self.ahead, left):  # each commits a token or ends the text
                 slot, enqueued = enqueued % self.ahead, enqueued + 1
-                self._enqueue(step, start + len(waiting) * rows, slot)
+                self._enqueue(step, start + len(waiting) * most, slot)
                 waiting.append(slot)
             kept, accepted, left, *own = self._read(waiting.popleft())
             start += kept
-            yield Round(own[:kept], rows - 1, accepted, kept < accepted + 1)
+            yield Round(own[:kept], drafted, accepted, kept < accepted + 1)
 
     def _enqueue(self, step: Step, bound: int, slot: int) -> None:
         self.ranks.begin_pass()

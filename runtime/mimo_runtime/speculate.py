@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mimo_qat.models.draft_tree import (
+    TOP_K,
     Candidates,
     Tree,
     marginal_candidates,
@@ -98,6 +99,12 @@ def choose(logits: torch.Tensor, positions: torch.Tensor, sampler: Sampler) -> t
     return ids.expand(values.shape).gather(1, values.argmax(-1, keepdim=True))[:, 0]
 
 
+def candidates_a_slot(selector: Selector | None, vocab_size: int, sampler: Sampler) -> int:
+    """How many candidates `draft_candidates` gives a slot, of logits [D, vocab_size]."""
+    most = TOP_K if selector is None else selector.top_k
+    return min(most, sampler.top_k or vocab_size, vocab_size)
+
+
 def draft_candidates(
     selector: Selector | None,
     hidden: torch.Tensor,
@@ -152,7 +159,8 @@ def decode(
 ) -> Iterator[Round]:
     """Yields rounds of trees until a stop token or `budget` tokens; `anchor` is the last committed token, at `start`.
 
-    The host grows trees and walks them; chains are left to the device, see `rounds`. A round verifies [anchor,
+    The host grows trees and walks them, where their size or their drafts are its business; all else is left to the
+    device, see `rounds`. A round verifies [anchor,
     drafts...] in one target call. A row at depth d gives the target's own token at position start + d + 1 after the
     row's prefix; the walk goes down while a child is that token, and the first that no child is ends it. All nodes of
     a depth share one position, hence one noise: the text is that of plain decoding.

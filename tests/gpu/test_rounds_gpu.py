@@ -5,6 +5,7 @@ pytest -q -s -m gpu tests/gpu/test_rounds_gpu.py      prints host_us_per_round
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def with_drafter(release: Path, config: dict, head: bool) -> Path:
     return release
 
 
-def engine_for(folder: Path, dtype: str, graphs: bool, ahead: int, **more: str) -> Engine:
+def engine_for(folder: Path, dtype: str, graphs: bool, ahead: int, **more: Any) -> Engine:
     fields = {"device": "cuda", "dtype": dtype, "max_len": 256, "prefill_chunk": 32}
     return Engine(folder, EngineConfig(**fields, cuda_graphs=graphs, rounds_ahead=ahead, **more))
 
@@ -67,6 +68,28 @@ def test_graphs_ahead_decode_the_bits_of_eager_rounds(release, tiny_config, monk
             found = graphs.generate(prompt, stopping, **how)
             assert found.rounds == eager.generate(prompt, stopping, **how).rounds
     assert len(graphs.rounds.graphs) == 4 * len(WAYS)  # two of the samplings differ in temperature and seed only
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+@pytest.mark.parametrize("budget", [5, 21])
+def test_trees_in_graphs_ahead_decode_what_eager_ones_do(release, tiny_config, monkeypatch, head, budget):
+    """As above, of trees, in float32; also the tokens of plain decoding, and of trees that the host grows."""
+    folder = with_drafter(release, tiny_config, head)
+    eager, graphs = (engine_for(folder, "float32", on, 4 if on else 1, tree_budget=budget) for on in (False, True))
+    step = eager._tree_round
+    monkeypatch.setattr(eager, "_tree_round", lambda *how: step(*how[:-1], None))
+    for sampling, prompt in itertools.product(SAMPLINGS, PROMPTS):
+        settings = SamplingConfig(max_new_tokens=256 - len(prompt) if prompt is PROMPTS[0] else 40, **sampling)
+        expected = eager.generate(prompt, settings)
+        found = graphs.generate(prompt, settings)
+        assert found.rounds == expected.rounds and found.tokens == expected.tokens
+        assert found.tokens == graphs.generate(prompt, settings, speculate=False).tokens
+        stopping = SamplingConfig(max_new_tokens=40, stop_token_ids=(expected.tokens[13],), **sampling)
+        assert graphs.generate(prompt, stopping).rounds == eager.generate(prompt, stopping).rounds
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "_trees", eager._host_trees)
+            assert eager.generate(prompt, settings).tokens == expected.tokens
+    assert len(graphs.rounds.graphs) == 8  # two of the samplings differ in temperature and seed only; trees and plain
 
 
 def test_drafts_change_no_token_in_graphs(release, tiny_config):
@@ -138,10 +161,10 @@ def host_us_per_round(engine: Engine, settings: SamplingConfig, **how) -> tuple[
     return (out.decode_seconds * 1e6 - device) / len(out.rounds), device / len(out.rounds)
 
 
-@pytest.mark.parametrize("how", WAYS[:2], ids=str)
+@pytest.mark.parametrize("how", ({"speculate": False}, {"tree": False}, {}), ids=str)
 def test_the_host_costs_next_to_nothing(release, tiny_config, how):
     """With rounds_ahead 1 the device waits for the host. The bound is loose: other jobs may share the host."""
-    graphs = engine_for(with_drafter(release, tiny_config, False), "bfloat16", True, 4)
+    graphs = engine_for(with_drafter(release, tiny_config, False), "bfloat16", True, 4, tree_budget=21)
     settings = SamplingConfig(max_new_tokens=200)
     for ahead in (1, 4):
         graphs.rounds = Rounds(graphs.state, ahead, True, graphs.ranks)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mimo_qat.models.draft_tree import (
     Candidates,
@@ -12,9 +14,11 @@ from mimo_qat.models.draft_tree import (
     best_prefix,
     greedy_chain,
     grow_tree,
+    grow_tree_tensors,
     marginal_candidates,
     top_candidates,
     transition_scores,
+    tree_size,
 )
 
 
@@ -117,6 +121,70 @@ def test_walk_and_mask_by_hand():
         [1, 0, 1, 0, 0, 1],
     ]
     assert torch.equal(Tree([3, 3, 3], [0, 1, 2], [1, 2, 3], []).visible(), torch.ones(4, 4).tril().bool())
+
+
+INFINITY = float("inf")
+# Log-probabilities whose sums tie: equal ones, halves that add up, none at all, and ones too small to change a sum in
+# float64 or in float32.
+TYING = {
+    "equal": st.just(-1.0),
+    "few": st.sampled_from([-0.0, -0.5, -1.0, -1.5, -2.0]),
+    "filtered": st.sampled_from([-0.25, -3.0, -INFINITY]),
+    "lost": st.sampled_from([-1e-20, -2e-20, -1e-6, -2e-6, -64.0]),
+    "any": st.floats(-30, 0, width=32),
+}
+
+
+@st.composite
+def candidate_tables(draw) -> Candidates:
+    slots, top_k, selector = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.booleans())
+    values = st.lists(TYING[draw(st.sampled_from(sorted(TYING)))], min_size=top_k, max_size=top_k)
+    rows = top_k if selector else 1
+    table = draw(st.lists(values, min_size=slots * rows, max_size=slots * rows))
+    ids = draw(st.lists(st.sets(st.integers(0, 11), min_size=top_k, max_size=top_k), min_size=slots, max_size=slots))
+    return Candidates(torch.tensor([sorted(row) for row in ids]), torch.tensor(table).view(slots, rows, top_k))
+
+
+def in_order(candidates: Candidates) -> list[tuple[int, ...]]:
+    """The tokens of all prefixes, sorted by the rule's own words; parents' places are known once they are sorted."""
+    ids, log_probs = candidates.ids.tolist(), candidates.log_probs.tolist()
+    levels: list[list[tuple]] = []  # (key of the order, prefix as candidates)
+    above: list[tuple] = [((-0.0,), ())]
+    for slot in range(len(ids)):
+        level = []
+        for place, ((negative, *_), prefix) in enumerate(above):
+            row = log_probs[slot][prefix[-1] if prefix and len(log_probs[slot]) > 1 else 0]
+            level += [((negative - p, slot, place, -p, c), (*prefix, c)) for c, p in enumerate(row)]
+        above = sorted(level)
+        levels.append(above)
+    ordered = sorted(entry for level in levels for entry in level)
+    return [tuple(ids[slot][c] for slot, c in enumerate(prefix)) for _, prefix in ordered]
+
+
+@settings(deadline=None, max_examples=300)
+@given(candidate_tables(), st.integers(1, 64), st.data())
+def test_both_programs_grow_the_same_tree_also_with_ties(candidates, budget, data):
+    tree, found = grow_tree(candidates, budget), grow_tree_tensors(candidates, budget)
+    assert len(tree) == tree_size(*candidates.ids.shape, budget)
+    assert (found.tokens.tolist(), found.parents.tolist()) == (tree.tokens, tree.parents)
+    assert found.depths.tolist() == [0, *tree.depths] and torch.equal(found.visible, tree.visible())
+    assert all(parent < row for row, parent in enumerate(tree.parents, 1))
+    slots, top_k = candidates.ids.shape
+    if top_k**slots <= 1500:
+        assert prefixes(tree) == in_order(candidates)[:budget]
+    choices = data.draw(st.lists(st.integers(0, 11), min_size=len(tree) + 1, max_size=len(tree) + 1))
+    for seed in tree.tokens[:3]:  # choices that go down the tree as well
+        path, accepted = found.walk(torch.tensor(choices), slots)
+        expected = tree.walk(choices)
+        assert path.tolist() == expected + list(range(len(expected), min(slots, len(tree)) + 1))
+        assert int(accepted) == len(expected) - 1
+        children = [token for token, parent in zip(tree.tokens, tree.parents, strict=True) if parent == expected[-1]]
+        choices[expected[-1]] = children[seed % len(children)] if children else 99
+
+
+def test_the_size_of_a_tree_counts_all_prefixes():
+    assert [tree_size(3, 4, budget) for budget in (1, 5, 84, 200)] == [1, 5, 84, 84]
+    assert tree_size(15, 16, 32) == 32 and tree_size(7, 1, 32) == 7 and tree_size(15, 16, 10**9) == 10**9
 
 
 @pytest.mark.parametrize("seed", range(4))

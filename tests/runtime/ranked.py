@@ -74,7 +74,9 @@ def main() -> None:
         report["tokens"] = everything(engine)
         one = engine.rounds
         engine.rounds = Rounds(engine.state, 3, False, engine.ranks)  # ahead, as on a GPU
-        report["ahead"] = engine.generate(PROMPT, SamplingConfig(max_new_tokens=20), tree=False).tokens
+        report["ahead"] = [
+            engine.generate(PROMPT, SamplingConfig(max_new_tokens=20), tree=tree).tokens for tree in (False, True)
+        ]
         engine.rounds = one
     path = Path(f"{job['report']}-{engine.ranks.rank}.json")
     path.write_text(json.dumps(report))

@@ -12,14 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimo_qat.models.draft_tree import Tree
+from mimo_qat.models.draft_tree import Tree, TreeTensors, grow_tree, grow_tree_tensors
 from mimo_runtime import model
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import Selector
 from mimo_runtime.parallel import Ranks
-from mimo_runtime.rounds import MOST_GRAPHS, Rounds, State, forced_chain, play
-from mimo_runtime.speculate import Sampler, choose, decode
+from mimo_runtime.rounds import MOST_GRAPHS, Rounds, State, forced_chain, play, play_tree
+from mimo_runtime.speculate import Sampler, choose, decode, draft_candidates
 
 PROMPT = [5, 17, 300, 2, 44, 91, 7]
 SAMPLINGS = {
@@ -54,6 +54,7 @@ class Toy:
 
     def __init__(self, table: torch.Tensor, propose, sampling: SamplingConfig, rows: int, ahead: int = 1):
         self.table, self.propose, self.rows, self.ahead = table, propose, rows, ahead
+        self.budget: int | None = None
         self.state, self.sampling = State(len(table), 200, rows), sampling
 
     def step(self, bound: int | None = None) -> None:
@@ -67,8 +68,11 @@ class Toy:
         play(state, draft, lambda rows, position: self.table[rows], self.sampler)
 
     def run(self, anchor: int, start: int, left: int) -> list:
-        self.sampler = self.state.begin(anchor, start, self.sampling)
-        return list(Rounds(self.state, self.ahead, False, Ranks()).run(self.step, None, start, left, self.rows))
+        self.sampler, rounds = (
+            self.state.begin(anchor, start, self.sampling),
+            Rounds(self.state, self.ahead, False, Ranks()),
+        )
+        return list(rounds.run(self.step, None, start, left, self.rows, self.budget))
 
 
 def numbers(state: State) -> list[int]:
@@ -101,6 +105,71 @@ def test_rounds_are_those_of_the_loop_on_the_host(seed):
         assert numbers(toy.state) == end and toy.state.record[0] == 0
         ends[tokens[-1] in sampling.stop_token_ids] += 1
     assert len(ends) == 2
+
+
+class ToyTrees(Toy):
+    """Rounds of a Markov chain whose drafts are trees of `budget` nodes of `candidates(anchor, start)`."""
+
+    def __init__(self, table: torch.Tensor, candidates, sampling: SamplingConfig, shape: tuple[int, int], ahead: int):
+        super().__init__(table, None, sampling, shape[0] + 1, ahead)
+        self.candidates, self.budget = candidates, shape[1]
+
+    def step(self, bound: int | None = None) -> None:
+        state, kept = self.state, []
+        assert bound is None or int(state.position) <= bound
+
+        def draft() -> TreeTensors:
+            return grow_tree_tensors(self.candidates(int(state.anchor), int(state.position)), self.budget)
+
+        def verify(rows: torch.Tensor, tree: TreeTensors, position: torch.Tensor):
+            assert len(rows) == self.budget + 1 and position is state.position
+            return self.table[rows], rows
+
+        def keep(path: torch.Tensor, taps: torch.Tensor, position: torch.Tensor) -> None:
+            kept.append(taps[path])
+
+        play_tree(state, draft, verify, keep, self.rows - 1, self.sampler)
+        committed, accepted = state.record[:2].tolist()
+        own = state.record[3:].tolist()
+        assert kept[0][1 : accepted + 1].tolist() == own[:accepted] and committed <= accepted + 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounds_of_trees_are_those_of_the_loop_on_the_host(seed):
+    """Random trees, budgets, stop tokens and rounds ahead; what is played after the end changes nothing."""
+    rng, table = random.Random(seed), chain(12)
+    ends, depths = Counter(), Counter()
+    for _ in range(12):
+        slots, budget, left, start = rng.randint(1, 5), rng.randint(1, 12), rng.randint(1, 30), rng.randint(1, 90)
+        kind = rng.choice(list(SAMPLINGS.values()))
+        sampling = SamplingConfig(**kind, stop_token_ids=tuple(rng.sample(range(-2, 14), rng.randint(0, 2))))
+        poor = table + rng.random() * torch.randn(12, 12, generator=torch.Generator().manual_seed(seed))
+        selector = Selector(12, poor, torch.eye(12), torch.ones(12, 1)) if rng.random() < 0.7 else None
+
+        def candidates(anchor, at, slots=slots, poor=poor, selector=selector, sampling=sampling):
+            logits, hidden = (
+                torch.zeros(slots, 12) if selector else poor[anchor].expand(slots, -1),
+                torch.ones(slots, 1),
+            )
+            return draft_candidates(selector, hidden, logits, torch.tensor(anchor), at, Sampler.of(sampling))
+
+        budget = min(budget, len(grow_tree(candidates(3, start), 12)))
+        toy = ToyTrees(table, candidates, sampling, (slots, budget), ahead=rng.randint(1, 5))
+        expected = decode(
+            lambda tokens, tree, at: table[tokens],
+            lambda anchor, at, propose=candidates, budget=budget: grow_tree(propose(anchor, at), budget),
+            3, start, left, Sampler.of(sampling), sampling.stop_token_ids,
+        )  # fmt: skip
+        rounds = toy.run(3, start, left)
+        assert rounds == list(expected)
+        tokens = [t for r in rounds for t in r.tokens]
+        end = [tokens[-1], start + len(tokens), 0, len(rounds)]
+        assert numbers(toy.state) == end
+        toy.step()
+        assert numbers(toy.state) == end and toy.state.record[0] == 0
+        ends[tokens[-1] in sampling.stop_token_ids] += 1
+        depths.update(r.accepted for r in rounds)
+    assert len(ends) == 2 and len(depths) > 3
 
 
 @pytest.mark.parametrize("extra", [{}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
@@ -339,6 +408,7 @@ def test_a_round_never_comes_to_the_host(engine, monkeypatch, selector):
             engine._chain_round(None, sampler, False, 1, None)
             for forced in (False, True):
                 engine._chain_round(drafter, sampler, forced, engine.block, None)
+            engine._tree_round(drafter, sampler, 5, None)
         assert mode.seen > 1000
         with pytest.raises((RuntimeError, AssertionError)):
             state.left.item()

@@ -17,6 +17,7 @@ from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import Conv, LoadConfig, Selector, load_target
 from mimo_runtime.model import block_conv, convolved, draft_forward, keep_rows, new_caches, target_forward, tree_rows
+from mimo_runtime.rounds import Rounds
 from mimo_runtime.speculate import Sampler, choose, decode, draft_candidates, gumbel_noise
 
 PROMPT = [5, 17, 300, 2, 44, 91, 7]
@@ -54,6 +55,11 @@ def with_head(drafter):
     )
     selector = Selector(16, some(vocab, 8, seed=50), some(vocab, 8, seed=51), 0.02 * some(8, h, seed=52))
     return replace(drafter, layers=layers, selector=selector)
+
+
+def on_host(engine: Engine) -> None:
+    """From here on trees are grown and walked by the host, as those of an adaptive size are."""
+    engine._trees = engine._host_trees
 
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
@@ -94,9 +100,77 @@ def test_the_tree_accepts_more_than_the_chain(reference):
 @pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
 def test_one_child_a_node_decodes_as_the_chain(reference, monkeypatch, kind, head):
     engine, sampling = engine_for(reference, 7, head), SamplingConfig(max_new_tokens=50, **SAMPLINGS[kind])
+    on_host(engine)
     monkeypatch.setattr("mimo_runtime.engine.grow_tree", lambda c, n: grow_tree(c, n, width=1))
     tree, chain = (engine.generate(PROMPT, sampling, tree=tree).rounds for tree in (True, False))
     assert tree == chain
+
+
+def rounds_of_prompts(engine: Engine, sampling: SamplingConfig) -> list:
+    """Long and short prompts in turn, past every window; each ended by its budget, and by a token within a path where
+    one is longer than its anchor."""
+    found = []
+    for prompt in (PROMPT, [(7 * i) % 512 for i in range(50)], [9]):
+        full = engine.generate(prompt, sampling)
+        inner = [t for r in full.rounds for t in r.tokens[:-1] if full.tokens.count(t) == 1]
+        stopping = replace(sampling, stop_token_ids=(inner[len(inner) // 2] if inner else full.tokens[20],))
+        found += [full.rounds, engine.generate(prompt, stopping).rounds]
+    return found
+
+
+@pytest.mark.parametrize("budget", [1, 5, 21])
+@pytest.mark.parametrize("kind", ["greedy", "hot", "hot top-p"])
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_trees_of_the_device_are_those_of_the_host(reference, budget, kind, head):
+    """Round by round: tokens, accepted and proposed drafts, cuts; also with rounds enqueued ahead."""
+    engine, sampling = engine_for(reference, budget, head), SamplingConfig(max_new_tokens=48, **SAMPLINGS[kind])
+    texts = [engine.generate(p, sampling, speculate=False).tokens[1:] for p in (PROMPT, [9])]
+    found = rounds_of_prompts(engine, sampling)
+    assert [[t for r in found[i] for t in r.tokens] for i in (0, 4)] == texts
+    engine.rounds = Rounds(engine.state, 4, False, engine.ranks)
+    assert rounds_of_prompts(engine, sampling) == found
+    on_host(engine)
+    assert rounds_of_prompts(engine, sampling) == found
+    assert all(r.drafted == budget for rounds in found for r in rounds)
+    if kind.startswith("hot"):
+        assert all(rounds[-1].cut for rounds in found[1::2])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 20])
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_few_candidates_make_the_smaller_trees_of_the_host(reference, top_k, head):
+    """With one candidate a slot there are 7 prefixes, whatever the budget."""
+    engine = engine_for(reference, 21, head)
+    sampling = SamplingConfig(max_new_tokens=40, temperature=2.0, top_k=top_k, seed=2)
+    found = engine.generate(PROMPT, sampling).rounds
+    assert {r.drafted for r in found} == {7 if top_k == 1 else 21}
+    on_host(engine)
+    assert engine.generate(PROMPT, sampling).rounds == found
+
+
+def test_nothing_a_round_in_vain_does_is_seen(reference):
+    """Rounds after the end, whose paths may be long, leave numbers and all later texts as they are."""
+    engine, sampling = engine_for(reference, 21), SamplingConfig(max_new_tokens=40, **SAMPLINGS["hot"])
+    expected = [engine.generate(p, sampling).rounds for p in (PROMPT, [9])]
+    before = [t.clone() for t in (engine.state.anchor, engine.state.position, engine.state.left, engine.state.turn)]
+    with torch.inference_mode():
+        sampler = engine.state.begin(int(before[0]), int(before[1]), sampling)
+        for _ in range(3):
+            engine._tree_round(engine.drafter, sampler, 21, None)
+    after = engine.state.anchor, engine.state.position, engine.state.left
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) and engine.state.record[0] == 0
+    assert [engine.generate(p, sampling).rounds for p in (PROMPT, [9])] == expected
+
+
+@pytest.mark.parametrize("changes", [{"window": 16}, {"window": None}, {"causal": True, "window": 9}], ids=str)
+def test_trees_past_full_and_short_windows_of_a_drafter(tmp_path, reference, tiny_config, write_drafter, changes):
+    other = write_drafter(tmp_path / "other", tiny_config, **changes)
+    cfg = EngineConfig(dtype="float32", device="cpu", max_len=160, prefill_chunk=16, tree_budget=12, drafter=str(other))
+    engine, sampling = Engine(reference, cfg), SamplingConfig(max_new_tokens=110, **SAMPLINGS["hot"])
+    found = engine.generate(PROMPT, sampling)
+    assert found.tokens == engine.generate(PROMPT, sampling, speculate=False).tokens
+    on_host(engine)
+    assert engine.generate(PROMPT, sampling).rounds == found.rounds
 
 
 def shuffled(tree: Tree, rng: random.Random) -> Tree:
@@ -115,6 +189,7 @@ def shuffled(tree: Tree, rng: random.Random) -> Tree:
 def test_the_order_of_nodes_does_not_matter(reference, monkeypatch, kind):
     engine, sampling = engine_for(reference, 24), SamplingConfig(max_new_tokens=70, **SAMPLINGS[kind])
     ordered = engine.generate(PROMPT, sampling).rounds
+    on_host(engine)
     rng = random.Random(0)
     monkeypatch.setattr("mimo_runtime.engine.grow_tree", lambda c, n: shuffled(grow_tree(c, n), rng))
     assert engine.generate(PROMPT, sampling).rounds == ordered
@@ -158,7 +233,8 @@ def test_rows_of_a_tree_and_what_it_leaves_equal_a_prefill(reference, seed):
         true = slice(start, start + len(path))
         torch.testing.assert_close(logits[path], expected[true], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got[path], tapped[true], rtol=1e-4, atol=1e-4)
-        keep_rows(caches, path, start)
+        others = range(len(path), rng.choice((len(path), len(rows))))  # in their own places, as after a walk of tensors
+        keep_rows(caches, torch.tensor([*path, *others]), start)
         moved += path != list(range(len(path)))
         start += len(path)
     assert moved > 3
@@ -309,12 +385,37 @@ def test_positions_as_tensors_decode_the_same(reference, monkeypatch, kind, head
     engine, sampling = engine_for(reference, 20, head), SamplingConfig(max_new_tokens=80, **SAMPLINGS[kind])
     ways = ({}, {"forced_acceptance": [7, 0, 3]})
     eager = [engine.generate(PROMPT, sampling, **how).rounds for how in ways]
+    on_host(engine)
     for cache in (*engine.caches, *engine.draft_caches):
         cache.reach = cache.capacity  # as in an engine that was made with graphs
     engine.cfg = replace(engine.cfg, cuda_graphs=True)
     before = Replayed.made
     assert [engine.generate(PROMPT, sampling, **how).rounds for how in ways] == eager
     assert Replayed.made - before == 3  # draft, tree, and the forced tree, which has 14 nodes
+
+
+class ReplayedRound(Replayed):
+    """The same of a whole round: warm-ups that change no number, then the same function over and over."""
+
+    def __init__(self, function, inputs, pool=None):
+        super().__init__(function, inputs)
+        self.graph = self
+        for _ in range(2):
+            function()
+
+    def pool(self):
+        return None
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
+def test_a_graph_of_trees_serves_every_prompt_temperature_and_seed(reference, monkeypatch, head):
+    monkeypatch.setattr("mimo_runtime.rounds.Graph", ReplayedRound)
+    engine = engine_for(reference, 20, head)
+    many = [SamplingConfig(max_new_tokens=25, temperature=t, seed=s) for t, s in ((0.0, 0), (1.5, 3), (2.5, 4))]
+    expected = [engine.generate(p, s).rounds for s in many for p in (PROMPT, [9])]
+    engine.rounds, before = Rounds(engine.state, 3, True, engine.ranks), Replayed.made
+    assert [engine.generate(p, s).rounds for s in many for p in (PROMPT, [9])] == expected
+    assert Replayed.made - before == 2  # greedy and sampled
 
 
 def test_graphs_need_a_gpu(reference):
