@@ -10,4 +10,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff format --check .
     .venv/bin/mypy
 fi
-.venv/bin/python -m pytest -q "$@"
+# Half of the time goes into processes that tests start and wait for, so two at a time; a file stays in one process.
+workers=$(nproc)
+.venv/bin/python -m pytest -q --numprocesses $((workers < 4 ? workers : 4)) --dist loadfile "$@"
