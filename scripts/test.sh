@@ -11,5 +11,5 @@ if [ $# -eq 0 ]; then
     .venv/bin/mypy
 fi
 # Half of the time goes into processes that tests start and wait for, so two at a time; a file stays in one process.
-workers=$(nproc)
+workers=$(env -u OMP_NUM_THREADS nproc)
 .venv/bin/python -m pytest -q --numprocesses $((workers < 4 ? workers : 4)) --dist loadfile "$@"
