@@ -168,3 +168,19 @@ def with_tokenizer(release, reference):
     for folder in (release, reference):
         tokenizer.save_pretrained(folder)
     return release, reference
+
+
+def assert_own_tokens(engine, plain) -> None:
+    """Drafts change no token of `engine`, and every greedy one is that of the engine `plain`, up to a near tie."""
+    from mimo_runtime.config import SamplingConfig
+
+    prompt = [3, 1, 4, 1, 5]
+    for temperature in (0.0, 1.0):
+        sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=(-1,), temperature=temperature)
+        tokens = engine.generate(prompt, sampling, speculate=False).tokens
+        for how in ({}, {"forced_acceptance": [3, engine.block - 1, 0]}):
+            assert engine.generate(prompt, sampling, **how).tokens == tokens
+        if temperature == 0:
+            logits = plain.logits(prompt + tokens)[len(prompt) - 1 : -1]
+            behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            assert behind.max() < 0.1 * logits.std() and (behind == 0).float().mean() > 0.9

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.config import EngineConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, Moe, load_drafter, load_target
 from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
-from tests.runtime.conftest import drafter_folder
+from tests.runtime.conftest import assert_own_tokens, drafter_folder
 
 KINDS = "plain", "kernel"
 EVERY = {"experts": "packed", "attention": "kernel", "linears": "kernel", "fusions": "kernel"}
@@ -63,16 +63,7 @@ def test_drafts_change_no_token(release, tmp_path, tiny_config, block, head):
     drafter_folder(tmp_path / "drafter", tiny_config, block_size=block, **head)
     cfg = EngineConfig(device="cpu", max_len=128, drafter=str(tmp_path / "drafter"), **EVERY)
     engine, plain = Engine(release, cfg), Engine(release, replace(cfg, **dict.fromkeys(EVERY, "plain")))
-    prompt = [3, 1, 4, 1, 5]
-    for temperature in (0.0, 1.0):
-        sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=(-1,), temperature=temperature)
-        tokens = engine.generate(prompt, sampling, speculate=False).tokens
-        for how in ({}, {"forced_acceptance": [3, block - 1, 0]}):
-            assert engine.generate(prompt, sampling, **how).tokens == tokens
-        if temperature == 0:
-            logits = plain.logits(prompt + tokens)[len(prompt) - 1 : -1]
-            behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            assert behind.max() < 0.1 * logits.std() and (behind == 0).float().mean() > 0.9
+    assert_own_tokens(engine, plain)
 
 
 def test_what_cannot_be_fused_is_refused_or_left_plain(release):

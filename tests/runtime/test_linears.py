@@ -14,7 +14,7 @@ from mimo_runtime.model import linear, new_caches, target_forward
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import Shards
 from mimo_runtime.weights import KernelWeight, kernel_weight, rows_from
-from tests.runtime.conftest import WIDE, drafter_folder, release_folder
+from tests.runtime.conftest import WIDE, assert_own_tokens, drafter_folder, release_folder
 
 KINDS = "plain", "kernel"
 
@@ -128,16 +128,7 @@ def test_drafts_change_no_token(wide, tmp_path, tiny_config, block):
     cfg = EngineConfig(device="cpu", max_len=128, drafter=str(tmp_path / "drafter"), linears="kernel")
     engine, plain = Engine(wide, cfg), Engine(wide, replace(cfg, linears="plain"))
     assert engine.block == engine.min_rows == block
-    prompt = [3, 1, 4, 1, 5]
-    for temperature in (0.0, 1.0):
-        sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=(-1,), temperature=temperature)
-        tokens = engine.generate(prompt, sampling, speculate=False).tokens
-        for how in ({}, {"forced_acceptance": [3, block - 1, 0]}):
-            assert engine.generate(prompt, sampling, **how).tokens == tokens
-        if temperature == 0:
-            logits = plain.logits(prompt + tokens)[len(prompt) - 1 : -1]
-            behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            assert behind.max() < 0.1 * logits.std() and (behind == 0).float().mean() > 0.9
+    assert_own_tokens(engine, plain)
 
 
 def test_kernels_of_a_step_together(wide):
