@@ -25,7 +25,7 @@ TABLES = {  # title: arms, the first is what the others differ from
         *("short b8 taps with the last layer", "short b8 taps without the last layer", "short b8 last layer alone"),
     ),
     "Layers": ("short b8", "short b8 1 layer", "short b8 2 layers"),
-    "Optimizer": ("short b8", "short b8 adamw"),
+    "Optimizer": ("short b8", "short b8 adamw", "short b8 adamw 6e-4"),
     "Text": ("short b8", "short b8 raw text"),
 }  # fmt: skip
 

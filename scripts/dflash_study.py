@@ -39,7 +39,7 @@ def arms(layers: int) -> list[tuple[str, str, dict[str, Any]]]:
     spread = [round(i * (layers - 1) / 4) for i in range(5)]
     inner = [round(1 + i * (layers - 4) / 4) for i in range(5)]  # the published rule, which stops three layers early
     return [
-        ("plain b8", "long", {}),
+        ("plain b8", "long", {"target_layer_ids": inner}),
         ("best b16", "long", BEST | {"target_layer_ids": inner}),
         ("short b8", "short", {}),
         ("short b16", "short", {"block_size": 16}),
@@ -52,6 +52,7 @@ def arms(layers: int) -> list[tuple[str, str, dict[str, Any]]]:
         ("short b8 ce, tv at the end", "short", {"finish_loss": "tv"}),
         ("short b8 dpace, tv at the end", "short", {"loss": "dpace", "finish_loss": "tv"}),
         ("short b8 adamw", "short", {"optimizer": "adamw"}),
+        ("short b8 adamw 6e-4", "short", {"optimizer": "adamw", "learning_rate": 6e-4}),
         ("short b8 1 layer", "short", {"num_draft_layers": 1}),
         ("short b8 2 layers", "short", {"num_draft_layers": 2}),
         ("short b8 taps without the last layer", "short", {"target_layer_ids": inner}),
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
     parser.add_argument("--arms", help="regular expression: only these")
     parser.add_argument("--skip", help="regular expression: not these")
-    parser.add_argument("--long_tokens", type=float, default=16e6)
+    parser.add_argument("--long_tokens", type=float, default=24e6)
     parser.add_argument("--short_tokens", type=float, default=1.5e6)
     parser.add_argument("--batch", type=int, default=16, help="packed rows a step")
     parser.add_argument("--max_length", type=int, default=1024)

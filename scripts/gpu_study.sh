@@ -108,16 +108,20 @@ lane_a() { # GPU
     await pack || return
     teacher || return
     qad_study qad-main $1 --skip "$others|qad long"
+    qad_study qad-times $1 --arms none --times
     await qad-long prompts || return
     answer $1 0
     [ "$gpus" -lt 2 ] || await answers-1 || return
     code_prompts
     drafter_study drafter-plain $1 --arms '^plain b8'
     release plain "$work/drafter-plain/plain-b8/dflash" $1
-    drafter_study drafter-short-b8 $1 --arms '^short b8'
-    step parity $1 $python scripts/draft_parity.py "$work/release-plain" --prompts 4
     step modelopt $1 $python scripts/compare_modelopt.py --model "$work/teacher" --data "$work/packed.safetensors" \
         --out "$work/modelopt.json" --steps 12 --batch 16 --learning_rate 1e-4
+    step peers $1 $python scripts/compare_drafters.py --model "$work/qad-long/qad-long" --data "$work/packed.safetensors" \
+        --out "$work/drafters.json" --block_sizes 16 --arms ours_adamw specforge speculators speculators_eager \
+        --steps 12 --warm_up 4 --compile
+    drafter_study drafter-short-b8 $1 --arms '^short b8'
+    step parity $1 $python scripts/draft_parity.py "$work/release-plain" --prompts 4
 }
 lane_b() { # GPU
     [ -n "${TOKENIZER:-}" ] || await upcycle || return
@@ -134,10 +138,6 @@ lane_b() { # GPU
         step generate $1 $python scripts/compare_generate.py "$work/release-best" --reference "$work/qad-long/qad-long" \
             --prompts "$work/code.jsonl" --cuda_graphs --out "$work/generate.json"
     drafter_study drafter-short-b16 $1 --arms '^short b16'
-    step peers $1 $python scripts/compare_drafters.py --model "$work/qad-long/qad-long" --data "$work/packed.safetensors" \
-        --out "$work/drafters.json" --block_sizes 16 --arms ours_adamw specforge speculators speculators_eager \
-        --steps 12 --warm_up 4 --compile
-    qad_study qad-times $1 --arms none --times
 }
 
 lane_a 0 &

@@ -32,7 +32,7 @@ def _add_rms_norm_kernel(
     weight = tl.load(WEIGHT + h, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(X + at, mask=inside, other=0.0)
     # -0, which adds nothing. Without it the assembler asks for the weight behind the reduction: a second wait.
-    nothing = -tl.minimum(tl.abs(weight), 0.0)
+    nothing = tl.minimum(tl.abs(weight), 0.0) * -1.0  # Triton's unary minus is 0 - x, which is +0
     if RANKS > 0:
         total = tl.load(UPDATE + at, mask=inside, other=0.0).to(tl.float32)
         for rank in tl.static_range(1, RANKS):

@@ -226,14 +226,20 @@ def test_ranks_at_once_on_streams_of_one_gpu():
     """They really wait for each other; all of their programs fit onto the GPU together."""
     (ends, _buffers), streams = channels(4, 20.0), [torch.cuda.Stream() for _ in range(4)]
     bad = torch.zeros(4, dtype=torch.int64, device="cuda")
+    for stream in streams:  # memory of their own: to ask for it waits for what runs, which would wait for who asks
+        with torch.cuda.stream(stream):
+            torch.empty(16, 4096, dtype=torch.bfloat16, device="cuda")
     for epoch in range(200):
         parts = contributions(epoch, 4, 1 + epoch % 16, 4096)
         expected = allreduce.reference(parts)
         torch.cuda.synchronize()
+        sums: dict[int, torch.Tensor] = {}
         for r in torch.randperm(4, generator=torch.Generator().manual_seed(epoch)).tolist():
             with torch.cuda.stream(streams[r]):
-                bad[r] += differences(allreduce.all_reduce(parts[r], ends[r]), expected)
+                sums[r] = allreduce.all_reduce(parts[r], ends[r])
         torch.cuda.synchronize()
+        for r, found in sums.items():
+            bad[r] += differences(found, expected)
     assert bad.tolist() == [0] * 4 and not any(int(end.failed) for end in ends)
 
 
