@@ -36,6 +36,20 @@ def write_json(path: str | Path, document: Any) -> None:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
 
 
+def with_earlier(records: list[dict[str, Any]], path: str | None, rows: str) -> list[dict[str, Any]]:
+    """`records`, then those of the file `path` that they do not measure again; names that begin with `rows` are rows.
+
+    A row says something beside the other rows of its commit, so it is only replaced by one of the same commit.
+    """
+
+    def mark(record: dict[str, Any]) -> tuple[str, str]:
+        return record["name"], record["commit"] if record["name"].startswith(rows) else ""
+
+    known = {mark(record) for record in records}
+    earlier = json.loads(Path(path).read_text()) if path else []
+    return records + [record for record in earlier if mark(record) not in known]
+
+
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     import torch

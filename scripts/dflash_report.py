@@ -1,7 +1,8 @@
 """python scripts/dflash_report.py drafter-*.json --peers drafters.json --benches bench-*.json --out docs/results/dflash
 
 Joins what dflash_study.py, compare_drafters.py and `mimo-runtime bench` measured: writes OUT.json (a list of records)
-and OUT.png (how many drafts are accepted), and prints the tables of docs/results/dflash.md.
+and OUT.png (how many drafts are accepted), and prints the tables of docs/results/dflash.md. With --keep, records
+of an earlier file that these do not measure (other answers, peers) stay, with their own commit and conditions.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_qat.distill.plots import plot_survival
-from mimo_qat.provenance import write_json
+from mimo_qat.provenance import with_earlier, write_json
 
 LONG = ("plain b8", "best b16")
 CODE = "code T=0.0"
@@ -132,12 +133,13 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", help="JSON files of dflash_study.py")
     parser.add_argument("--peers", help="JSON file of compare_drafters.py")
     parser.add_argument("--benches", nargs="*", default=[], help="JSON files of mimo-runtime bench --output")
+    parser.add_argument("--keep", help="earlier records, for what these files did not measure")
     parser.add_argument("--out", required=True, help="path without suffix")
     options = parser.parse_args()
     doc = join(options.studies)
     peers = json.loads(Path(options.peers).read_text()) if options.peers else None
     benches = {Path(p).stem: json.loads(Path(p).read_text()) for p in options.benches}
-    write_json(f"{options.out}.json", records(doc, peers, benches))
+    write_json(f"{options.out}.json", with_earlier(records(doc, peers, benches), options.keep, "acceptance "))
     print(domains_table(doc))
     for title, names in {"Long runs": LONG, **TABLES}.items():
         print(f"\n## {title}\n\n{arms_table(doc, names)}")

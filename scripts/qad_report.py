@@ -2,7 +2,8 @@
 
 Joins what qad_study.py and compare_modelopt.py measured: writes OUT.json (a list of records), OUT.png (gap closed) and
 OUT-tokens.png (gap closed over tokens), and prints the tables of docs/results/qad.md. With --keep, records of an
-earlier file that these do not measure (step times, ModelOpt) stay, with their own commit and conditions.
+earlier file that these do not measure (step times, ModelOpt, rows of another teacher) stay, with their own commit and
+conditions.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_qat.evaluate import FP8_ROW, NOISE, REFERENCE
-from mimo_qat.provenance import write_json
+from mimo_qat.provenance import with_earlier, write_json
 from mimo_qat.qat.plots import plot_gap_closed, plot_token_curve
 
 PEAK_BF16 = 989e12  # operations a second, dense: H100 and H200, from NVIDIA's data sheets
@@ -142,10 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     doc = join(options.studies)
     modelopt = json.loads(Path(options.modelopt).read_text()) if options.modelopt else None
-    found = records(doc, modelopt)
-    earlier = json.loads(Path(options.keep).read_text()) if options.keep else []
-    names = {record["name"] for record in found}
-    write_json(f"{options.out}.json", found + [r for r in earlier if r["name"] not in names])
+    write_json(f"{options.out}.json", with_earlier(records(doc, modelopt), options.keep, "kl "))
     shown = [*BASELINES[1:], "ce short", "qad short", "qad long"]
     print(table(doc, [*BASELINES, "ce short", "qad short", "qad long"]))
     for title, names in TABLES.items():

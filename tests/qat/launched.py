@@ -6,7 +6,8 @@ One launch trains four steps, continues its own second step in a new trainer, an
     OUT          what an undisturbed run ends with
     OUT-resumed  what the resumed run ends with
     OUT-same     the export of the reference's state
-With `faults` it provokes two failures on the last process instead, and reports what every process said.
+With "rounded" in it gradients are rounded to BF16, as FSDP2 does. With `faults` it provokes two failures on the last
+process instead, and reports what every process said.
 """
 
 import errno
@@ -24,7 +25,16 @@ from accelerate.utils import gather_object
 from mimo_qat.provenance import write_json
 from mimo_qat.qat import state
 from mimo_qat.qat.config import QatConfig
+from mimo_qat.qat.snap import SnappedCopy
 from mimo_qat.qat.train import Trainer
+
+
+def rounded(engine: SnappedCopy) -> SnappedCopy:
+    """The engine with its gradients rounded to BF16: FSDP2 sums them in the dtype of the parameters."""
+    for master in engine.masters.values():
+        if master.grad is not None:
+            master.grad = master.grad.bfloat16().float()
+    return engine
 
 
 def copied(trainer: Trainer, source: Path, target: Path) -> None:
@@ -114,6 +124,9 @@ def faults(config: QatConfig) -> dict[str, Any]:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     config = QatConfig(**job["config"])
+    if job.get("rounded"):
+        norm = SnappedCopy.gradient_norm
+        SnappedCopy.gradient_norm = lambda engine: norm(rounded(engine))  # type: ignore[method-assign]
     report = faults(config) if job["faults"] else same_state_and_resume(config, job["reference"])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

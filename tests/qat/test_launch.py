@@ -28,6 +28,7 @@ from mimo_qat.qat.hook import HookEngine
 from mimo_qat.qat.objective import forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 from tests.qat.conftest import character_tokenizer
+from tests.qat.launched import rounded
 from tests.qat.test_experts import build
 from tests.qat.test_qat import config as six_steps
 from tests.qat.test_qat import masters_of
@@ -74,14 +75,6 @@ def train_module(configuration: QatConfig, processes: int) -> subprocess.Popen:
 
 def curve(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def rounded(engine: SnappedCopy) -> SnappedCopy:
-    """The engine with its gradients rounded to BF16."""
-    for master in engine.masters.values():
-        if master.grad is not None:
-            master.grad = master.grad.bfloat16().float()
-    return engine
 
 
 FSDP2, HOOK, AGAIN = {"sharding": "fsdp2"}, {"engine": "hook"}, {"gradient_checkpointing": True}
