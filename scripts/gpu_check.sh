@@ -26,8 +26,8 @@ step() { # step NAME COMMAND...: once, within the time that is left; -> OUT/NAME
     timeout $left "$@" > "$out/$name.log" 2>&1 && touch "$out/$name.done" || touch "$out/$name.failed"
 }
 tests() { step "test-$1" $python -m pytest -q -s -p no:cacheprovider "${@:2}"; }
-kernels() { # kernels OPERATOR
-    step "kernels-$1" $python -m mimo_kernels.bench recipes/model/mimo-v2.5.json recipes/model/mimo-v2.5-pro.json \
+kernels() { # kernels OPERATOR [SUFFIX]
+    step "kernels-$1${2:-}" $python -m mimo_kernels.bench recipes/model/mimo-v2.5.json recipes/model/mimo-v2.5-pro.json \
         --tp 1 2 4 8 --only "$1"
 }
 bench() { # bench NAME PROCESSES FLAGS...
@@ -45,12 +45,15 @@ tests moe tests/gpu/test_moe_gpu.py &
 tests attention tests/gpu/test_attention_gpu.py &
 tests linear tests/gpu/test_linear_gpu.py &
 tests between tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py &
+tests launch-order tests/gpu/test_launch_order_gpu.py &
 tests synthetic tests/gpu/test_synthetic_gpu.py &
 tests symmetric tests/gpu/test_symmetric_gpu.py &
 tests head-loss tests/gpu/test_head_loss_gpu.py &
 wait
-for operator in moe attention linear norm heads router codec; do kernels $operator; done
+for operator in moe attention linear norm heads router layer codec; do kernels $operator; done
+MIMO_KERNELS_PDL=1 kernels layer -early
 bench flash-slice 1 --synthetic flash --layers 12
+MIMO_KERNELS_PDL=1 bench flash-slice-early 1 --synthetic flash --layers 12
 bench flash-slice-plain-attention 1 --synthetic flash --layers 12 --attention plain
 bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain
 bench flash-slice-plain-fusions 1 --synthetic flash --layers 12 --fusions plain

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .attention import MAX_ROWS, TreeRows, fits
+from .launch import dependent, prefetch_span, wait
 
 _LOG2_E = 1.4426950408889634
 _PROGRAMS = 128  # of a long context, on 132 multiprocessors: 65 to 128 of them have work
@@ -98,12 +99,13 @@ def _attend_kernel(
     q_stride, k_stride, v_stride, slots, tokens, scale,
     GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr, HAS_SINK: tl.constexpr, MAX_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT [tokens, N, V] of Q [tokens, N, K], or with SPLITS > 1 float32 parts [SPLITS, tokens, N, V] and STATS.
 
     STATS float32 [2, SPLITS, tokens, N]: the largest logit in units of ln 2, and the sum of 2**(logit - largest).
-    `scale` has the factor log2(e), SINK has not. KEYS and VALUES [G, slots, ...] with the given strides of G.
+    `scale` has the factor log2(e), SINK has not. KEYS and VALUES [G, slots, ...] with the given strides of G; with PDL,
+    the first AHEAD slots are asked for early.
     """
     K: tl.constexpr = HEAD + TAIL
     split = tl.program_id(0)
@@ -113,6 +115,10 @@ def _attend_kernel(
     t = m // GROUP
     real = t < tokens
     head = g * GROUP + m % GROUP
+    if PDL and AHEAD > 0:
+        prefetch_span(KEYS + g.to(tl.int64) * k_stride, AHEAD * K)
+        prefetch_span(VALUES + g.to(tl.int64) * v_stride, AHEAD * V)
+    wait(PDL)
     # Loads that do not wait for START come before it.
     at = Q + t * q_stride + head * K
     q = tl.load(at[:, None] + tl.arange(0, HEAD)[None, :], mask=real[:, None], other=0.0)
@@ -188,8 +194,10 @@ def _attend_kernel(
 def _join_kernel(
     OUT, PARTS, STATS, START, SINK, slots, tokens, heads,
     V: tl.constexpr, HAS_SINK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, VB: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT [tokens, heads, V] of what _attend_kernel left; a program has VB elements of a row of a head."""
+    wait(PDL)
     row = tl.program_id(0)
     d = tl.program_id(1) * VB + tl.arange(0, VB)
     stored = tl.minimum(tl.load(START).to(tl.int32) + tokens, slots)
@@ -240,13 +248,14 @@ def attention(
             parts, stats, q, keys, values, start, sinks, depths, ancestors,
             q.stride(0), keys.stride(0), values.stride(0), slots, tokens, scale * _LOG2_E,
             heads // groups, head, tail, v_dim, window or 0, tree is not None, sink is not None, MAX_ROWS,
-            config.splits, config.rows, config.keys, num_warps=config.warps, num_stages=config.stages,
+            config.splits, config.rows, config.keys, slots if window and config.splits == 1 else 0, **dependent(q),
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if config.splits > 1:
             columns = min(_COLUMNS, v_dim)
             _join_kernel[(tokens * heads, v_dim // columns)](
                 out, parts, stats, start, sinks, slots, tokens, heads,
-                v_dim, sink is not None, config.splits, config.keys, columns,
+                v_dim, sink is not None, config.splits, config.keys, columns, **dependent(q),
             )  # fmt: skip
     return out
 

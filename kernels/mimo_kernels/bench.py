@@ -12,7 +12,7 @@ the time is a 16th. Where 16 key-value caches would all fit, every call comes af
 time of those passes alone is subtracted. Launch gaps inside the graph count. Bytes are the weights and scales in use,
 or the keys and values that are seen. The codecs work on tensors that are far larger than the cache. Residual norms and
 head splits read what the operator before left in the cache, so nothing is flushed for them, and their bytes are all
-that they read and write: those rows are the price of a launch.
+that they read and write: those rows are the price of a launch. `layer` is described in `bench_layer`.
 
 Without a GPU it prints the bytes and the time that they take at `--bandwidth`, which is the floor of any kernel.
 """
@@ -40,7 +40,7 @@ CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
 LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
 L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
 ROTATION = 2**30  # bytes that a graph walks through at most, but for two large weights or caches
-OPERATORS = ("moe", "attention", "linear", "norm", "heads", "router", "codec")
+OPERATORS = ("moe", "attention", "linear", "norm", "heads", "router", "layer", "codec")
 Row = dict[str, Any]
 
 
@@ -157,7 +157,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
         parser.error(str(error))
     for h, i, e, k in args.shape:
         geometries.append(Geometry(f"{h}x{i}x{e}top{k}", h, i, e, k))
-    if args.shape and args.only in ("attention", "linear", "heads"):
+    if args.shape and args.only in ("attention", "linear", "heads", "layer"):
         parser.error(f"--only {args.only}: --shape does not describe it; give a config.json")
     for g in geometries:
         for tp in args.tp:
@@ -206,6 +206,12 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
             yield base | {"rows": a.qkv_rows} | heads_row(a, args.tokens, gpu)
     if "router" in wanted:
         yield from (base | {"experts": g.experts} | row for row in router_rows(g, args.tokens, gpu, args.sweep))
+    if "layer" in wanted and g.attention and not args.sweep:
+        from .bench_layer import layer_row
+
+        packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
+        yield from (base | layer_row(g, tp, tokens, packed, gpu) for tokens in sorted({1, args.tokens}))
+        del packed
     if "codec" in wanted and not args.sweep:
         yield from (base | {"experts": CODEC_EXPERTS} | row for row in codec_rows(g, tp, gpu))
 
@@ -316,7 +322,7 @@ def linear_rows(name: str, shape: tuple[int, int], is_fp8: bool, tokens: int, ev
     from . import linear_triton as lt
 
     x = torch.randn(tokens, k, device="cuda").bfloat16()
-    weights = [_random_weight(n, k, is_fp8) for _ in range(copies(size))]
+    weights = [random_weight(n, k, is_fp8) for _ in range(copies(size))]
     configs = [lt.config_for(n, k, is_fp8)]
     if every:
         tiles = [t for t in (lt.FP8_TILES if is_fp8 else lt.BF16_TILES) if k % t.k == 0]
@@ -330,7 +336,8 @@ def linear_rows(name: str, shape: tuple[int, int], is_fp8: bool, tokens: int, ev
     return rows
 
 
-def _random_weight(n: int, k: int, is_fp8: bool) -> torch.Tensor | linear.Fp8Weight:
+def random_weight(n: int, k: int, is_fp8: bool) -> torch.Tensor | linear.Fp8Weight:
+    """A weight [n, k] on the GPU."""
     if not is_fp8:
         return torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
     codes = torch.empty(n, k, dtype=torch.uint8, device="cuda").random_(0, 0x7F).view(torch.float8_e4m3fn)

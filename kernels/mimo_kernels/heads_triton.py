@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .heads import HeadNorms
+from .launch import dependent, wait
 
 
 @triton.jit
@@ -71,12 +72,13 @@ def _split_heads_kernel(
     count, slots, k_group_stride, k_slot_stride, v_group_stride, v_slot_stride, value_scale, eps,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, REST: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    NORM: tl.constexpr, RING: tl.constexpr,
+    NORM: tl.constexpr, RING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Q [rows, N, K], KEYS [G, slots, K] and VALUES [G, slots, V] of QKV [rows, (N + G) * K + G * V], one dtype.
 
     COS and SIN [rows, HALF]. Without RING, START is not read and row t has slot t.
     """
+    wait(PDL)
     head = tl.program_id(0)
     t = tl.program_id(1)
     row = QKV + t * ((N + G) * K + G * V)
@@ -130,6 +132,6 @@ def split_heads(
             count, slots, *keys.stride()[:2], *values.stride()[:2], value_scale, norms.eps if norms else 0.0,
             heads, groups, k_dim, v_dim, half, triton.next_power_of_2(half),
             triton.next_power_of_2(rest) if rest else 0, triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim),
-            norms is not None, start is not None, num_warps=1,
+            norms is not None, start is not None, **dependent(qkv), num_warps=1,
         )  # fmt: skip
     return q

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import BLOCK
+from .launch import LINE_BYTES, dependent, prefetch, prefetch_rows, prefetched_lines, wait
 from .linear import GROUP_ROWS, Fp8Weight
 from .moe_triton import Tile, sum_parts
 
@@ -104,10 +105,12 @@ def _linear_kernel(
     OUT, W, SCALES, X, rows, tokens, steps,
     K: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT [slices, tokens, rows] <- X bf16 [tokens, K] times W [rows, K] transposed, a slice of BK * steps a program.
 
     W is bf16, or uint8 with SCALES float32 [ceil(rows / GROUP), K / BK]; BM divides GROUP.
+    With PDL, a program asks early for the first LINES cache lines of its part of each row.
     """
     row = tl.program_id(0) * BM
     begin = tl.program_id(1) * steps * BK
@@ -117,6 +120,11 @@ def _linear_kernel(
     w_at = W + m[:, None] * K + begin + k[None, :]
     x_at = X + n[None, :] * K + begin + k[:, None]
     scale_at = SCALES + row // GROUP * (K // BK) + tl.program_id(1) * steps
+    if PDL:
+        prefetch_rows(W + m * K + begin, LINES, LINE_BYTES * 8 // W.dtype.element_ty.primitive_bitwidth)
+        if FP8:
+            prefetch(scale_at)
+    wait(PDL)
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(steps):  # not a constant: the compiler would unroll it
         w = tl.load(w_at + step * BK)
@@ -150,7 +158,9 @@ def linear(x: torch.Tensor, w: torch.Tensor | Fp8Weight, config: Config | None =
     with torch.cuda.device_of(x):
         _linear_kernel[(triton.cdiv(n, tile.rows), slices)](
             parts, weight, scales, x, n, len(x), k // (tile.k * slices), k, fp8, GROUP_ROWS,
-            tile.rows, 8 if len(x) <= 8 else 16, tile.k, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+            tile.rows, 8 if len(x) <= 8 else 16, tile.k, x.is_cuda,
+            prefetched_lines(tile.rows, k // slices * weight.element_size()), **dependent(x),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if slices > 1:
             sum_parts(out, parts)

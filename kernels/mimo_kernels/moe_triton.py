@@ -29,6 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import dependent, wait
+
 if TYPE_CHECKING:
     from .moe import PackedExperts
 
@@ -165,13 +167,14 @@ def _product(
 def _gate_up_kernel(
     HIDDEN, W, S, X, LIST,
     K: tl.constexpr, ROWS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HIDDEN bf16 [slots, BN, ROWS / 2] <- silu(gate) * up of X bf16 [BN, K] for every expert in LIST [slots].
 
     W int16 and S uint8 [experts, pages]: ROWS x K an expert; of 16 rows the first 8 are gates, the others their ups.
     Both X and HIDDEN are in the order of the words.
     """
+    wait(PDL)
     u = tl.program_id(1)
     expert = tl.load(LIST + u).to(tl.int64)
     if expert >= 0:
@@ -196,13 +199,14 @@ def _gate_up_kernel(
 def _down_kernel(
     OUT, W, S, HIDDEN, LIST, COMBINE, slots, columns, tokens,
     K: tl.constexpr, ROWS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT [groups, slices, tokens, columns] <- sum over a group of COMBINE[u, n] * (W[LIST[u]] @ HIDDEN[u, n]).
 
     W int16, S uint8 [experts, pages]: ROWS x K an expert. HIDDEN bf16 [slots, BN, K], COMBINE float32 [slots, BN].
     A program has BM rows, a slice of BK of the K products of an expert, and a group of experts.
     """
+    wait(PDL)
     row = tl.program_id(0) * BM
     k = tl.program_id(1) * BK
     bounds = LIST + slots + tl.program_id(2)
@@ -253,6 +257,7 @@ def _list_experts(
 def _prepare_kernel(
     LIST, COMBINE, OUT, IDS, WEIGHTS, X, slots, experts, groups, tokens, columns,
     K: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """LIST int16 [slots + groups + 1]: the distinct IDS ascending, then -1; where groups of experts begin and end.
 
@@ -261,6 +266,7 @@ def _prepare_kernel(
     places of the list, each of the others 128 columns of OUT bf16 [BN, K]: X bf16 [tokens, columns] in the order of the
     words, then zeros. Loops are unrolled, so that the loads of a program wait for memory once, not once a step.
     """
+    wait(PDL)
     makers = tl.cdiv(slots, SLOTS)
     pid = tl.program_id(0)
     if pid < makers:
@@ -277,8 +283,9 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _sum_kernel(OUT, PARTS, size, COUNT: tl.constexpr, N: tl.constexpr):
+def _sum_kernel(OUT, PARTS, size, COUNT: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr):
     """OUT bf16 [size] <- PARTS float32 [COUNT, size], summed in ascending order."""
+    wait(PDL)
     at = tl.program_id(0) * N + tl.arange(0, N)
     acc = tl.load(PARTS + at, mask=at < size, other=0.0)
     for part in tl.static_range(1, COUNT):
@@ -312,7 +319,7 @@ def prepare(
     p = triton.next_power_of_2(tokens * top_k)
     _prepare_kernel[(triton.cdiv(slots, _SLOTS) + hidden // 128,)](
         out.list, out.combine, out.x, ids.contiguous(), weights.contiguous(), x.contiguous(),
-        slots, count, config.groups, tokens, x.shape[1], hidden, top_k, p, n, _SLOTS,
+        slots, count, config.groups, tokens, x.shape[1], hidden, top_k, p, n, _SLOTS, **dependent(x),
     )  # fmt: skip
     return out
 
@@ -323,7 +330,7 @@ def gate_up(prepared: Prepared, experts: "PackedExperts", config: Config) -> tor
     out = torch.empty(slots, n, inter, dtype=torch.bfloat16, device=prepared.x.device)
     _gate_up_kernel[(2 * inter // t.rows, slots)](
         out, experts.gate_up, experts.gate_up_scales, prepared.x, prepared.list, hidden, 2 * inter,
-        t.rows, n, t.k, out.is_cuda, num_warps=t.warps, num_stages=t.stages,
+        t.rows, n, t.k, out.is_cuda, **dependent(out), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return out
 
@@ -340,7 +347,7 @@ def down(
     _down_kernel[(hidden // t.rows, slices, config.groups)](
         parts, experts.down, experts.down_scales, hidden_states, prepared.list, prepared.combine,
         slots, experts.hidden, tokens, inter, hidden,
-        t.rows, n, t.k, out.is_cuda, num_warps=t.warps, num_stages=t.stages,
+        t.rows, n, t.k, out.is_cuda, **dependent(out), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if count > 1:
         sum_parts(out, parts)
@@ -349,7 +356,8 @@ def down(
 
 def sum_parts(out: torch.Tensor, parts: torch.Tensor) -> None:
     """out bfloat16 [...] <- the sum of parts float32 [count, ...] in ascending order, both contiguous."""
-    _sum_kernel[(triton.cdiv(out.numel(), _COLUMNS),)](out, parts, out.numel(), len(parts), _COLUMNS)
+    grid = (triton.cdiv(out.numel(), _COLUMNS),)
+    _sum_kernel[grid](out, parts, out.numel(), len(parts), _COLUMNS, **dependent(out))
 
 
 def moe(

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import dependent, prefetch_span, wait
+
 WARPS = (4, 8, 16)  # what `bench --sweep` tries
 
 
@@ -22,13 +24,17 @@ def warps_for(columns: int) -> int:
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm_kernel(
-    SUM, NORMED, X, UPDATE, WEIGHT, rows, eps, H: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
-):
+    SUM, NORMED, X, UPDATE, WEIGHT, rows, eps,
+    H: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """NORMED and, with RANKS > 0, SUM [rows, H] of X [rows, H], UPDATE [RANKS, rows, H] and WEIGHT [H], all of one
     dtype, to which results are rounded; BLOCK >= H is a power of two."""
     h = tl.arange(0, BLOCK)
     inside = h < H
     at = tl.program_id(0) * H + h
+    if PDL:
+        prefetch_span(WEIGHT, H)
+    wait(PDL)
     weight = tl.load(WEIGHT + h, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(X + at, mask=inside, other=0.0)
     # -0, which adds nothing. Without it the assembler asks for the weight behind the reduction: a second wait.
@@ -58,6 +64,6 @@ def add_rms_norm(
     with torch.cuda.device_of(x):
         _add_rms_norm_kernel[(rows,)](
             out, normed, x, added, weight, rows, eps, columns, ranks, triton.next_power_of_2(columns),
-            num_warps=warps or warps_for(columns),
+            **dependent(x), num_warps=warps or warps_for(columns),
         )  # fmt: skip
     return out, normed

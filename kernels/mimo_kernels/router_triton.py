@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import dependent, prefetch, prefetch_span, wait
+
 _GROUP = 8  # rows that share a pass; a program has one pass for 1 to 8 rows and two for 16
 _LEAST = tl.constexpr(-(2**31))
 
@@ -36,8 +38,9 @@ CONFIGS = (Config(4, 512), Config(2, 512), Config(2, 1024), Config(8, 256), Conf
 
 @triton.jit(do_not_specialize=["rows"])
 def _logits_kernel(
-    PARTS, X, W, rows, E: tl.constexpr, H: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr
-):
+    PARTS, X, W, rows,
+    E: tl.constexpr, H: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """PARTS float32 [slices, rows, E]: X [rows, H] times W float32 [E, H] transposed, over slices of BH columns.
 
     x and weights have 4 columns a lane side by side, which is a load of 16 bytes of weights; so neither has to move.
@@ -48,6 +51,10 @@ def _logits_kernel(
     i = tl.arange(0, 4)
     column = begin + c[:, None] * 4 + i[None, :]
     inside = column < H
+    if PDL:
+        line = tl.minimum(begin + tl.arange(0, BH // 32) * 32, H - 1)  # 32 weights are a cache line
+        prefetch(W + tl.minimum(e, E - 1)[:, None] * H + line[None, :])
+    wait(PDL)
     w_at = W + e[:, None, None] * H + column[None, :, :]
     w = tl.load(w_at, mask=(e < E)[:, None, None] & inside[None, :, :], other=0.0)
     for first in range(0, rows, GROUP):
@@ -70,9 +77,12 @@ def _ordered(x):
 def _choose_kernel(
     WEIGHTS, IDS, PARTS, BIAS, POSITIONS, rows, biases, scaling,
     E: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
-    NORMALISE: tl.constexpr, PLACED: tl.constexpr,
+    NORMALISE: tl.constexpr, PLACED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WEIGHTS float32 and IDS int32 [rows, TOP_K] of PARTS [SLICES, rows, E] and BIAS [E], or [biases, E] if PLACED."""
+    if PDL and not PLACED:
+        prefetch_span(BIAS, E)
+    wait(PDL)
     t = tl.program_id(0)
     e = tl.arange(0, BLOCK)
     inside = e < E
@@ -124,11 +134,12 @@ def route(
     placed = bias.ndim == 2
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(experts, config.experts), slices)](
-            parts, x, router, rows, experts, hidden, config.experts, config.columns, _GROUP, num_warps=1
-        )
+            parts, x, router, rows, experts, hidden, config.experts, config.columns, _GROUP,
+            **dependent(x), num_warps=1,
+        )  # fmt: skip
         _choose_kernel[(rows,)](
             weights, ids, parts, bias, positions if placed else ids, rows, len(bias) if placed else 1, scaling,
             experts, triton.next_power_of_2(experts), slices, top_k, triton.next_power_of_2(top_k), normalise, placed,
-            num_warps=1,
+            **dependent(x), num_warps=1,
         )  # fmt: skip
     return weights, ids

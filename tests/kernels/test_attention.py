@@ -297,6 +297,7 @@ def test_machine_code(rows, groups, group, slots, window, tree):
     constants = {
         "GROUP": group, "HEAD": 128, "TAIL": 64, "V": 128, "WINDOW": window, "TREE": tree, "HAS_SINK": window > 0,
         "MAX_TOKENS": 16, "SPLITS": config.splits, "BM": config.rows, "BN": config.keys,
+        "AHEAD": slots if window else 0,
     }  # fmt: skip
     if rows == group:
         constants["tokens"] = 1  # Triton makes a constant of it

@@ -183,7 +183,7 @@ def test_instructions_a_weight(fp8_weight, tokens, bound):
     tile = config.tile
     constants = {
         "K": 4096, "FP8": fp8_weight, "GROUP": 64, "BM": tile.rows, "BN": tokens, "BK": tile.k,
-        "PTX": True,
+        "PTX": True, "LINES": 8,
     }  # fmt: skip
     pointers = {"OUT": "*fp32", "W": "*bf16", "SCALES": "*bf16", "X": "*bf16"}
     if fp8_weight:

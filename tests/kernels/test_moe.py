@@ -339,11 +339,13 @@ def test_bench_without_a_gpu(capsys):
     bench.main([str(config), "--shape", "6144", "2048", "384", "8", "--tp", "4", "8", "--bandwidth", "4000"])
     *text, last = capsys.readouterr().out.splitlines()
     document = json.loads(last)
-    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 52
+    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 56
     rows = {(r["model"], r["tp"], r["operator"], r.get("experts", r.get("context"))): r for r in document["rows"]}
     flash = rows["mimo-v2.5", 4, "moe", 57]
     assert flash["bytes"] == 57 * 3 * 4096 * 512 * 17 // 32 and flash["floor_us"] == round(flash["bytes"] / 4e6, 2)
     assert rows["6144x2048x384top8", 8, "moe", 60]["bytes"] == 60 * 3 * 6144 * 256 * 17 // 32
+    others = 3712 * 4096 + 4 * 58 * 32 + 2 * 135 * 640 + 2 * 4096 * 2048 + 4 * 256 * 4097  # qkv, keys, o, router
+    assert rows["mimo-v2.5", 4, "layer, 8 rows", 57]["bytes"] == flash["bytes"] + others
     assert rows["mimo-v2.5", 4, "encode even", 16]["bytes"] == 16 * 1024 * 4096 * 145 // 32
     # 16 query heads on one key-value head, and on two in a window; at TP 8 several ranks hold the same one
     assert rows["mimo-v2.5", 4, "attention full", 8192]["bytes"] == 8200 * 640

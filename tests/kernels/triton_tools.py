@@ -37,20 +37,26 @@ def pass_in_the_interpreter(file, count):
     assert run.returncode == 0 and f"{count} passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-def compile_for_sm90(kernel, pointers, constants, warps, stages):
-    """(instructions (address, opcode, arguments), registers a thread, bytes of shared memory) for an H100 or H200."""
+def compiled_for_sm90(kernel, pointers, constants, warps, stages):
+    """What Triton makes for an H100 or H200; with programmatic dependent launch unless the constants say otherwise."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
+    constants = {name: True for name in ("PDL",) if name in names} | constants
     signature = {n: pointers.get(n) or ("constexpr" if n in constants else "i32") for n in names}
     # Tensors start at multiples of 16 bytes. Without that promise Triton would load bytes, and the counts mean nothing.
     # So do strides, where a kernel has any.
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n.endswith("_stride")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compile_for_sm90(kernel, pointers, constants, warps, stages):
+    """(instructions (address, opcode, arguments), registers a thread, bytes of shared memory) for an H100 or H200."""
+    compiled = compiled_for_sm90(kernel, pointers, constants, warps, stages)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()

@@ -1,0 +1,104 @@
+"""The operator `layer` of `bench`: the kernels of a decoder layer with window attention, as the runtime launches them.
+
+An operator alone shows little of `launch`: what a kernel does ahead is hidden by the one before it, which has to be
+another one. So a graph holds `CALLS` layers, each with other weights, experts and caches, and the residual stream goes
+through all of them. The expert ids are given, as in the operator `moe`, and not those that the router chooses: the
+router's weights are used. There is no all-reduce.
+
+The row says whether programmatic dependent launch was on; MIMO_KERNELS_PDL=1 turns it on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import bench
+from .moe import PackedExperts
+
+CONTEXT = 8192  # committed rows: the window is full
+
+
+def layer_row(g: "bench.Geometry", tp: int, tokens: int, packed: PackedExperts, gpu: bool) -> "bench.Row":
+    """One layer of a rank of `tp`, with `tokens` rows and the experts that as many independent rows would choose."""
+    distinct = g.distinct(tokens)
+    window = next(a for a in g.attention if a.window).local(tp)
+    matrices = (("qkv", window.qkv_rows, g.hidden, True), ("o", g.hidden, window.heads * window.v_dim, False))
+    parts = [
+        *(bench.linear_rows(name, (n, k), fp8, 0, False)[0] for name, n, k, fp8 in matrices),
+        *bench.attention_rows(window, CONTEXT, tokens, False, False),
+        *bench.router_rows(g, tokens, False, False),
+    ]
+    size = distinct * packed.bytes_per_expert + sum(part["bytes"] for part in parts)
+    row = {"operator": f"layer, {tokens} row{'s' if tokens > 1 else ''}", "experts": distinct, "bytes": size}
+    if gpu:
+        from . import launch
+
+        step = decoder_layer(_random(g, window, packed, tokens), bench.routings(g, tokens, distinct))
+        row |= {"us": bench.graph_microseconds(step), "pdl": launch.switched_on()}
+    return row
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Random weights and caches of `bench.CALLS` layers, which share the experts, and the rows that enter the first."""
+
+    window: "bench.Heads"
+    qkv: list
+    o: list
+    routers: torch.Tensor  # float32 [layers, experts, H]
+    bias: torch.Tensor
+    norms: torch.Tensor  # bfloat16 [layers, 2, H]
+    keys: torch.Tensor  # [layers, G, slots, K]
+    values: torch.Tensor
+    experts: PackedExperts
+    x: torch.Tensor
+    top_k: int
+
+
+def _random(g: "bench.Geometry", a: "bench.Heads", packed: PackedExperts, tokens: int) -> Layers:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+    slots = (a.window or 0) + bench.MAX_TOKENS
+    return Layers(
+        a,
+        [bench.random_weight(a.qkv_rows, g.hidden, True) for _ in range(bench.CALLS)],
+        [bench.random_weight(g.hidden, a.heads * a.v_dim, False) for _ in range(bench.CALLS)],
+        torch.randn(bench.CALLS, g.experts, g.hidden, device="cuda") / g.hidden**0.5,
+        torch.randn(g.experts, device="cuda") / 10,
+        normal(bench.CALLS, 2, g.hidden),
+        normal(bench.CALLS, a.kv_heads, slots, a.k_dim),
+        normal(bench.CALLS, a.kv_heads, slots, a.v_dim),
+        packed,
+        normal(tokens, g.hidden),
+        g.top_k,
+    )
+
+
+def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    """layer(c) launches layer c with the experts `ids[c]` on what layer(c - 1) left; layer(0) begins anew."""
+    from . import attention_triton, heads_triton, linear_triton, moe_triton, residual_triton, router_triton
+
+    w, tokens = layers.window, len(layers.x)
+    cos, sin = torch.randn(2, tokens, w.rotated // 2, device="cuda").bfloat16()
+    start, sink = torch.tensor(CONTEXT, device="cuda"), torch.zeros(w.heads, device="cuda")
+    stream = layers.x, layers.x  # the residual stream, and what the last sublayer adds to it
+
+    def layer(c: int) -> torch.Tensor:
+        nonlocal stream
+        x, part = (layers.x, layers.x) if c == 0 else stream
+        cache = layers.keys[c], layers.values[c]
+        x, normed = residual_triton.add_rms_norm(x, part, layers.norms[c, 0], 1e-5)
+        qkv = linear_triton.linear(normed, layers.qkv[c])
+        q = heads_triton.split_heads(qkv, cos, sin, *cache, start, count=tokens, value_scale=0.6)
+        out = attention_triton.attention(q, *cache, start, scale=w.k_dim**-0.5, window=w.window, sink=sink)
+        x, normed = residual_triton.add_rms_norm(
+            x, linear_triton.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5
+        )
+        weights, _ = router_triton.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
+        part = moe_triton.moe(normed, ids[c], weights, layers.experts)
+        stream = x, part
+        return part
+
+    return layer
