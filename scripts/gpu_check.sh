@@ -38,8 +38,8 @@ bench() { # bench NAME PROCESSES FLAGS...
 }
 
 # Tests compile more than they compute, and say nothing about time: all at once.
-tests rounds tests/gpu/test_rounds_gpu.py -k 'not trees' &
-tests trees tests/gpu/test_rounds_gpu.py -k trees &
+tests rounds tests/gpu/test_rounds_gpu.py -k "not tree" &
+tests trees tests/gpu/test_rounds_gpu.py -k "trees or tree" &
 tests decoder tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py &
 tests moe tests/gpu/test_moe_gpu.py &
 tests attention tests/gpu/test_attention_gpu.py &

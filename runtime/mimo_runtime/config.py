@@ -22,8 +22,8 @@ class EngineConfig:
     """packed keeps MXFP4 experts as codes and runs kernels for few tokens on them, in bfloat16; plain decodes them to
     `dtype`; auto takes packed where they are MXFP4, dtype is bfloat16 and the GPU has compute capability 9 or more"""
     attention: Literal["auto", "kernel", "plain"] = "auto"
-    """kernel runs the attention of a round's chain as one or two kernels over the cache, in bfloat16; plain as single
-    operations; auto takes the kernel where dtype is bfloat16 and the GPU has compute capability 9 or more"""
+    """kernel runs the attention of up to 16 rows of a round as one or two kernels over the cache, in bfloat16; plain as
+    single operations; auto takes the kernel where dtype is bfloat16 and the GPU has compute capability 9 or more"""
     linears: Literal["auto", "kernel", "plain"] = "auto"
     """kernel keeps matrices that are stored as block FP8 as codes where their tiles allow it, and multiplies up to 16
     rows by kernels, in bfloat16; plain decodes them to `dtype` and leaves all products to torch; auto takes the kernel
@@ -39,7 +39,8 @@ class EngineConfig:
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0
-    """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain"""
+    """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain. On a GPU up to
+    15 drafts run by the kernels of a chain, and more as single operations, which take several times as long"""
     tree_adaptive: bool = False
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False

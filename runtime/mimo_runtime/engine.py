@@ -343,11 +343,11 @@ class Engine:
 
     def _pass(self, kind: str, function: Callable, rows: list[int], start: int, *more: torch.Tensor) -> Any:
         """`function(ids, start, *more)`; where the settings say so, as the graph of its kind and number of rows."""
-        ids = self._tensor(rows)
+        self._reach(None if self.cfg.cuda_graphs else start, len(rows))
+        inputs, key = (self._tensor(rows), torch.tensor(start, device=self.device), *more), (kind, len(rows))
         if not self.cfg.cuda_graphs:
-            return function(ids, start, *more)
+            return function(*inputs)
         self.ranks.begin_pass()
-        inputs, key = (ids, torch.tensor(start, device=self.device), *more), (kind, len(rows))
         if key not in self._graphs:
             self._graphs[key] = Graph(function, inputs)
         return self._graphs[key](*inputs)

@@ -110,8 +110,9 @@ def packed_experts(
     """
     if len(x) > MANY_ROWS:
         return moe_many(x, chosen, weights, experts)
-    parts = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
-    return torch.cat([moe_kernels.moe(*part, experts=experts) for part in parts])
+    split = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
+    parts = [moe_kernels.moe(*part, experts=experts) for part in split]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -174,7 +175,7 @@ class Rows:
         self, start: Position, padded: int, like: torch.Tensor, tree: TreeRows | None = None, count: int | None = None
     ):
         """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype."""
-        self.start, self.count, self.dtype = start, padded if count is None else count, like.dtype
+        self.start, self.count, self.dtype, self.tree = start, padded if count is None else count, like.dtype, tree
         place = torch.arange(padded, device=like.device).clamp_(max=self.count - 1)
         self.depths, self.ancestors = place, None  # type: torch.Tensor, torch.Tensor | None
         if tree is not None:
@@ -263,11 +264,11 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     never stored."""
     ranks.record(x)
     scale = w.geometry.head_dim**-0.5
-    few = rows.count <= attention_kernels.MAX_ROWS and rows.ancestors is None
+    few = rows.count <= attention_kernels.MAX_ROWS and (rows.tree is None or rows.count <= (w.window or rows.count))
     if w.kernel and few and isinstance(rows.start, torch.Tensor):
         q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
         out = attention_kernels.attention(
-            q[: rows.count], *cache.ring(), rows.start, scale=scale, window=w.window, sink=w.sink
+            q[: rows.count], *cache.ring(), rows.start, scale=scale, window=w.window, sink=w.sink, tree=rows.tree
         ).flatten(1)
         if len(q) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
             out = torch.cat((out, out[-1:].expand(len(q) - rows.count, -1)))

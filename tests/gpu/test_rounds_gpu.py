@@ -103,17 +103,20 @@ def test_drafts_change_no_token_in_graphs(release, tiny_config):
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="the kernels need capability 9"
 )
+@pytest.mark.parametrize("budget", [0, 15], ids=["chain", "tree"])
 @pytest.mark.parametrize("block", [8, 16])
-def test_graphs_with_kernels_decode_what_eager_rounds_do(tmp_path, tiny_config, monkeypatch, block):
+def test_graphs_with_kernels_decode_what_eager_rounds_do(tmp_path, tiny_config, monkeypatch, block, budget):
     """Matrices for the kernels, FP8 codes among them, in both shapes of the kernels; drafts change no token."""
     config = tiny_config | WIDE
     folder = release_folder(tmp_path / "wide", config, storable_model(config))
     drafter_folder(folder / "dflash", config, block_size=block)
-    eager, graphs = (engine_for(folder, "bfloat16", on, 4 if on else 1, linears="kernel") for on in (False, True))
+    more = {"linears": "kernel", "tree_budget": budget}
+    eager, graphs = (engine_for(folder, "bfloat16", on, 4 if on else 1, **more) for on in (False, True))
     assert isinstance(graphs.target.layers[0].attention.qkv, Fp8Weight)
     assert isinstance(graphs.drafter.fc, KernelWeight)
-    step = eager._chain_round
-    monkeypatch.setattr(eager, "_chain_round", lambda *how: step(*how[:-1], None))
+    chain, tree = eager._chain_round, eager._tree_round
+    monkeypatch.setattr(eager, "_chain_round", lambda *how: chain(*how[:-1], None))
+    monkeypatch.setattr(eager, "_tree_round", lambda *how: tree(*how[:-1], None))
     for sampling in SAMPLINGS[:2]:
         settings = SamplingConfig(max_new_tokens=80, **sampling)
         texts = []

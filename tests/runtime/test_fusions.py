@@ -56,12 +56,13 @@ def test_a_drafter_is_that_of_single_operations(release):
         assert (kernel - plain).norm() < 0.02 * plain.norm()
 
 
+@pytest.mark.parametrize("budget", [0, 15], ids=["chain", "tree"])
 @pytest.mark.parametrize("block", [8, 16])
 @pytest.mark.parametrize("head", [{}, {"conv_kernel_size": 2, "selector_rank": 8}], ids=["plain", "DFlash2"])
-def test_drafts_change_no_token(release, tmp_path, tiny_config, block, head):
+def test_drafts_change_no_token(release, tmp_path, tiny_config, block, head, budget):
     """With all kernels of a step; every token is the plain model's own, up to a near tie."""
     drafter_folder(tmp_path / "drafter", tiny_config, block_size=block, **head)
-    cfg = EngineConfig(device="cpu", max_len=128, drafter=str(tmp_path / "drafter"), **EVERY)
+    cfg = EngineConfig(device="cpu", max_len=128, drafter=str(tmp_path / "drafter"), tree_budget=budget, **EVERY)
     engine, plain = Engine(release, cfg), Engine(release, replace(cfg, **dict.fromkeys(EVERY, "plain")))
     assert_own_tokens(engine, plain)
 

@@ -83,6 +83,28 @@ def test_attention_over_the_ring_is_attention(release, length):
     assert torch.equal(found["kernel"][0], found["kernel"][-1])  # the same row, whatever its neighbours
 
 
+@pytest.mark.parametrize("nodes", [5, 15, 17])
+def test_the_rows_of_a_tree_see_what_they_see_in_single_operations(release, nodes):
+    """Behind 40 positions, which a window does not hold; 17 nodes are more than the kernel takes."""
+    g = torch.Generator().manual_seed(nodes)
+    ids = torch.randint(0, 500, (41 + nodes,), generator=g)
+    parents = [int(torch.randint(0, i + 1, (), generator=g)) for i in range(nodes)]
+    depths = [0]
+    visible = torch.eye(nodes + 1, dtype=torch.bool)
+    for node, parent in enumerate(parents, 1):
+        depths.append(depths[parent] + 1)
+        visible[node] |= visible[parent]
+    tree = torch.tensor(depths), visible
+    found = {}
+    for kind in ("plain", "kernel"):
+        target = load_target(release, LoadConfig("cpu", torch.bfloat16, attention=kind))
+        caches = new_caches(target, 64, nodes + 1)
+        target_forward(target, caches, ids[:40], 0)
+        found[kind] = target_forward(target, caches, ids[40:], torch.tensor(40), tree=tree)[0]
+    assert (found["kernel"] - found["plain"]).norm() < 0.02 * found["plain"].norm()
+    assert torch.equal(*found.values()) == (nodes > 15)
+
+
 def test_drafts_change_no_token_with_kernels(release):
     engine = Engine(release, EngineConfig(device="cpu", experts="packed", attention="kernel", max_len=128))
     sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=(-1,))
