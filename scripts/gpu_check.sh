@@ -2,7 +2,9 @@
 # scripts/gpu_check.sh OUT [SECONDS]: every test and every bench that needs a GPU, on this machine's GPUs.
 #
 #   tests (kernels, rounds, synthetic models, launch modes) -> kernels against their roofline -> a slice of both published
-#   geometries, one rank's share on one GPU -> the Flash geometry over all GPUs, plain and with a forced acceptance of 6.3
+#   geometries, one rank's share on one GPU -> contexts of 32K and 256K without their prefill -> 10,000 rounds, memory sampled
+#   -> a release of LOAD_GB (60) GB written to SCRATCH (OUT) and loaded -> the Flash geometry over all GPUs, plain and with a
+#   forced acceptance of 6.3
 #
 # A step runs once: call again to go on where it stopped. Nothing starts after SECONDS. Logs, documents and charts are in OUT;
 # the last lines are a table of what held. No weights are needed: models are synthetic and labelled so.
@@ -39,7 +41,7 @@ bench() { # bench NAME PROCESSES FLAGS...
 
 # Tests compile more than they compute, and say nothing about time: all at once.
 tests rounds tests/gpu/test_rounds_gpu.py -k "not tree" &
-tests trees tests/gpu/test_rounds_gpu.py -k "trees or tree" &
+tests trees tests/gpu/test_rounds_gpu.py -k tree &
 tests decoder tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py &
 tests moe tests/gpu/test_moe_gpu.py &
 tests attention tests/gpu/test_attention_gpu.py &
@@ -59,6 +61,14 @@ bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain
 bench flash-slice-plain-fusions 1 --synthetic flash --layers 12 --fusions plain
 bench flash-rank-of-4 1 --synthetic flash --ranks 4
 bench pro-rank-of-8 1 --synthetic pro --ranks 8
+bench context-32k 1 --synthetic flash --ranks 4 --context 32768 --max_len 33024
+bench context-256k 1 --synthetic flash --ranks 4 --context 262144 --max_len 262400
+launch=($python)
+[ "$gpus" -eq 1 ] || launch=($python -m torch.distributed.run --nproc_per_node "$gpus")
+step soak "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --rounds 10000
+step soak-graphs "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --rounds 10000 --cuda_graphs
+rm -rf "${SCRATCH:-$out}/load-release" # of a run that was killed
+step load $python scripts/bench_load.py --model flash --gb "${LOAD_GB:-60}" --out "${SCRATCH:-$out}/load-release" --json "$out/load.json"
 if [ "$gpus" -ge 2 ]; then
     bench "flash-tp$gpus" "$gpus" --synthetic flash
     bench "flash-tp$gpus-symmetric" "$gpus" --synthetic flash --collectives symmetric

@@ -191,12 +191,10 @@ class TensorFolder:
             yield piece
 
     def _read_into(self, view: memoryview, spec: TensorSpec, skip: int) -> None:
-        if spec.file not in self._descriptors:
-            self._descriptors[spec.file] = os.open(inside(self.folder, spec.file), os.O_RDONLY | os.O_CLOEXEC)
-        offset = self._offsets[spec.name] + skip
+        descriptor, offset = self._descriptor(spec.file), self._offsets[spec.name] + skip
         while view:
             try:
-                done = os.preadv(self._descriptors[spec.file], [view], offset)
+                done = os.preadv(descriptor, [view], offset)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.folder / spec.file)) from None
             if not done:
@@ -205,6 +203,11 @@ class TensorFolder:
                     "fetch it again"
                 )
             view, offset = view[done:], offset + done
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(inside(self.folder, file), os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[file]
 
     def narrow(self, names: set[str]) -> Self:
         """This folder with those tensors alone, no file open: small enough to send to another process."""

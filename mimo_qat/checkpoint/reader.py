@@ -8,6 +8,7 @@ path must stay inside the folder, every header is bounded and validated, and eve
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,8 @@ from mimo_qat.checkpoint.layout import (
     read_json,
     target_tensors,
 )
+
+Part = tuple[str, range, range, torch.Tensor]  # a stored matrix, rows and columns of it, and where they go
 
 MASK_FILE = "mask_embedding.pt"
 MAX_MASK_BYTES = 2**24
@@ -90,6 +93,11 @@ class Checkpoint(TensorFolder):
     def box(self, name: str, rows: range, columns: range) -> torch.Tensor:
         """A rectangle of a stored matrix, as `raw` gives the whole."""
         return self.raw(name)[rows.start : rows.stop, columns.start : columns.stop]
+
+    def read(self, parts: Iterable[Part]) -> None:
+        """Many boxes at once, each into contiguous memory of its shape and of as many bytes a value."""
+        for name, rows, columns, out in parts:
+            out.copy_(self.box(name, rows, columns).view(out.dtype))
 
     def weight(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The dequantised tensor `name`, with or without its `.weight` suffix, as `dtype`.

@@ -87,7 +87,7 @@ def _summary(runs: list[dict[str, Any]], block: int) -> dict[str, Any]:
         "tokens": sum(len(g.tokens) for g in plain),
         "plain_tokens_per_second": _speed(plain),
         "plain_step_ms": _step(plain),
-        "prefill_tokens_per_second": sum(len(r["ids"]) for r in runs) / sum(g.prefill_seconds for g in plain),
+        "prefill_tokens_per_second": sum(r["prefilled"] for r in runs) / sum(g.prefill_seconds for g in plain),
         "distinct_3": sum(distinct_3(g.tokens) for g in plain) / len(plain),
         "lookup_length": acceptance([lookup_rounds(r["ids"], r["plain"].tokens, block) for r in runs], block)["length"],
     }
@@ -149,7 +149,8 @@ def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchC
         engine.generate(prompts[0][1], _short(cfg), **way)
     runs = []
     for i, (prompt, ids) in enumerate(prompts):
-        run: dict[str, Any] = {"domain": prompt.domain, "ids": ids}
+        prefilled = len(ids) if cfg.context is None else 0
+        run: dict[str, Any] = {"domain": prompt.domain, "ids": ids, "prefilled": prefilled}
         run |= {name: engine.generate(ids, cfg, **way) for name, way in how.items()}
         run["equality"] = [
             {"prompt": i, "way": name} | compare(engine, ids, run["plain"].tokens, run[name].tokens)
@@ -214,11 +215,11 @@ def _opened(cfg: BenchConfig) -> tuple[Engine, list[tuple[Prompt, list[int]]]]:
         return Engine(cfg.folder, cfg), prompts
     config = model_config(cfg.synthetic, cfg.layers)
     draft_config, routing = drafter_config(cfg, config), cfg.uniform_routing
-    engine = SyntheticEngine(config, draft_config, cfg, uniform_routing=routing, ranks=cfg.ranks)
+    engine = SyntheticEngine(config, draft_config, cfg, uniform_routing=routing, ranks=cfg.ranks, context=cfg.context)
     # A rank alone embeds its own tokens only: the others' rows would be zeros, which a GPU multiplies faster.
     alone = isinstance(engine.ranks, Alone)
     vocab_size = len(engine.target.embed) if alone else engine.target.geometry.vocab_size
-    ids = random_prompts(vocab_size, cfg.prompt_tokens, cfg.limit or SYNTHETIC_PROMPTS, cfg.seed)
+    ids = random_prompts(vocab_size, cfg.context or cfg.prompt_tokens, cfg.limit or SYNTHETIC_PROMPTS, cfg.seed)
     return engine, [(Prompt("", "random"), prompt) for prompt in ids]
 
 
@@ -230,6 +231,8 @@ def _print_labels(engine: Engine, cfg: BenchConfig) -> None:
         print(f"SYNTHETIC {described(cfg, cfg.synthetic)}; random weights, {routing}, {drafter}")
     if isinstance(engine.ranks, Alone):
         print(f"ONE RANK of {engine.ranks.size}: its share of the work, no collectives; the tokens mean nothing")
+    if cfg.context is not None:
+        print(f"SYNTHETIC CACHE of {cfg.context:,} tokens: random keys and values instead of a prefill")
     if cfg.forced_acceptance is not None:
         print(f"FORCED acceptance length {cfg.forced_acceptance}: drafts are the model's own tokens, not the drafter's")
 
@@ -248,7 +251,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         rows |= {name: _summary(members, engine.block) for name, members in by_domain.items()}
     _print_labels(engine, cfg)
     _print_table(rows)
-    print(f"prefill {rows['all']['prefill_tokens_per_second']:,.0f} tokens/s")
+    if cfg.context is None:
+        print(f"prefill {rows['all']['prefill_tokens_per_second']:,.0f} tokens/s")
     bandwidth = read_bandwidth(engine.device)
     breakdown = _breakdown(engine, runs, cfg, bandwidth)
     print_breakdown(breakdown, engine.ranks.size)
@@ -272,6 +276,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "divergences": different,
         "forced_acceptance": cfg.forced_acceptance,
         "synthetic": None if cfg.synthetic is None else described(cfg, cfg.synthetic),
+        "synthetic_context": cfg.context,
         "roofline": {"bytes_per_token": need, "gb_per_s": used, "measured_gb_per_s": bandwidth},
         "breakdown": breakdown,
         "conditions": made,
@@ -288,6 +293,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
 def _title(engine: Engine, cfg: BenchConfig) -> str:
     title = str(cfg.folder) if cfg.synthetic is None else f"synthetic {described(cfg, cfg.synthetic)}"
     title += f", ONE RANK of {engine.ranks.size}" * isinstance(engine.ranks, Alone)
+    title += f", SYNTHETIC CACHE of {cfg.context} tokens" * (cfg.context is not None)
     return title + f", FORCED acceptance {cfg.forced_acceptance}" * (cfg.forced_acceptance is not None)
 
 
@@ -297,7 +303,7 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     kept = ["max_new_tokens", "temperature", "dtype", "device", "seed", "forced_acceptance", "prompts"]
     kept += ["tree_budget", "tree_adaptive", "cuda_graphs", "rounds_ahead", *KERNELS]
     if settings["synthetic"] is not None:
-        kept += ["synthetic", "layers", "uniform_routing", "prompt_tokens"]
+        kept += ["synthetic", "layers", "uniform_routing", "context" if settings["context"] else "prompt_tokens"]
     where = {k: settings[k] for k in kept if settings[k] is not None} | {"prompts_run": row["prompts"]}
     where |= {
         "block": made["block"],
@@ -310,7 +316,7 @@ def _records(row: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     figures = {
         "tokens_per_s_no_draft": (row["plain_tokens_per_second"], "tokens/s"),
         "tokens_per_s": (row.get("tokens_per_second"), "tokens/s"),
-        "prefill_tokens_per_s": (row["prefill_tokens_per_second"], "tokens/s"),
+        "prefill_tokens_per_s": (row["prefill_tokens_per_second"] or None, "tokens/s"),
         "acceptance_length": (row.get("acceptance", {}).get("length"), "tokens/verify"),
         "tree_tokens_per_s": (row.get("tree", {}).get("tokens_per_second"), "tokens/s"),
         "tree_acceptance_length": (row.get("tree", {}).get("acceptance", {}).get("length"), "tokens/verify"),

@@ -39,8 +39,8 @@ class EngineConfig:
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0
-    """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain. On a GPU up to
-    15 drafts run by the kernels of a chain, and more as single operations, which take several times as long"""
+    """drafts that each round verifies as a tree of the most probable continuations; 0 verifies one chain. On a GPU up
+    to 15 drafts run by the kernels of a chain, and more as single operations, which take several times as long"""
     tree_adaptive: bool = False
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False
@@ -114,6 +114,9 @@ class BenchConfig(EngineConfig, SamplingConfig):
     """synthetic: every token's experts are drawn uniformly, instead of by a random router, which draws alike"""
     prompt_tokens: int = 256
     """synthetic: random token ids in each prompt"""
+    context: int | None = None
+    """synthetic: instead of prompt_tokens, decode after so many tokens as if they had been prefilled: the caches hold
+    random keys and values (always labelled), and of a random prompt only the last token is computed"""
     dry_run: bool = False
     """print what each of `ranks` ranks would hold in memory, and allocate nothing"""
     ranks: int = 1
@@ -147,9 +150,18 @@ class BenchConfig(EngineConfig, SamplingConfig):
             raise ValueError(
                 "layers and uniform_routing are for --synthetic models; leave them out of a real one's run"
             )
-        for name in ("prompt_tokens", "ranks"):
-            if getattr(self, name) < 1:
+        for name in ("prompt_tokens", "ranks", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.context is None:
+            return
+        if self.synthetic is None:
+            raise ValueError("context fills the caches with random values; use it with --synthetic, or leave it out")
+        if self.context + self.max_new_tokens > self.max_len and not self.dry_run:
+            raise ValueError(
+                f"context {self.context} and {self.max_new_tokens} new tokens do not fit --max_len {self.max_len}; "
+                f"give --max_len {self.context + self.max_new_tokens} or more"
+            )
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,8 @@ from mimo_qat.models.draft_tree import (
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
 from mimo_runtime.graphs import Graph
-from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_drafter, load_target, tokenizer_size
+from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_target, tokenizer_size
+from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (
     draft_context,
     draft_forward,
@@ -325,21 +326,26 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:
-        """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once."""
+        """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once; without the rows of
+        positions that the caches have anyway (`_held`)."""
         self._check(ids, None)
         chunk = chunk or self.cfg.prefill_chunk
         rows = [
             target_forward(self.target, self.caches, self._tensor(ids[i : i + chunk]), i)[0]
-            for i in range(0, len(ids), chunk)
+            for i in range(self._held(ids), len(ids), chunk)
         ]
         return torch.cat(rows)
 
     def _prefill(self, ids: list[int], drafter: Drafter | None) -> torch.Tensor:
         """Logits [1, vocabulary] after the prompt; fills the caches."""
-        for start in range(0, len(ids), self.cfg.prefill_chunk):
+        for start in range(self._held(ids), len(ids), self.cfg.prefill_chunk):
             chunk = ids[start : start + self.cfg.prefill_chunk]
             logits = self._advance(drafter, self._tensor(chunk), start, len(chunk) - 1)
         return logits
+
+    def _held(self, ids: list[int]) -> int:
+        """How many of the first positions of a prompt the caches have before its prefill."""
+        return 0
 
     def _pass(self, kind: str, function: Callable, rows: list[int], start: int, *more: torch.Tensor) -> Any:
         """`function(ids, start, *more)`; where the settings say so, as the graph of its kind and number of rows."""

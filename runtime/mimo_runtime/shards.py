@@ -6,8 +6,8 @@ Embedding and head are shared by vocabulary. Norms and routers are small and who
 
 A share of a quantised weight is a rectangle of its stored codes and of the scales over it, so no value is quantised
 again, wherever a rank's border falls: MXFP4 stripes begin on whole blocks, FP8 scales are looked up row by row.
-Stored tensors are views of mapped files: what is not in the share is never touched. Columns are an exception in part,
-because the disk delivers pages; on one host, the page cache reads each page once for all ranks.
+What is not in the share is never read. Columns are an exception, because files deliver whole pages: their rows are
+read, and on one host the page cache has them for all ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from mimo_kernels import fp8, mxfp4
 from mimo_kernels.linear import GROUP_ROWS
 from mimo_kernels.moe import Experts
 from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
-from mimo_qat.checkpoint.reader import Checkpoint, e8m0_bytes
+from mimo_qat.checkpoint.reader import Checkpoint, Part, e8m0_bytes
 from mimo_runtime.parallel import Ranks
 
 Box = tuple[str, range, range]  # name of a matrix without its ending, and the rows and columns of a part
@@ -185,13 +185,21 @@ class Shards:
         """The same share as the MXFP4 codes and scale bytes that are stored; nothing is decoded."""
         g, prefix = self.checkpoint.geometry, f"model.layers.{layer}.mlp.experts."
         inner, hidden = part(g.moe_intermediate_size, self.ranks.rank, self.ranks.size), range(g.hidden_size)
-        boxes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        stacked = []
-        for name, box in boxes.items():
-            each = [self._codes(f"{prefix}{e}.{name}", *box) for e in range(g.n_routed_experts)]
-            stacked.append([torch.stack(tensors) for tensors in zip(*each, strict=True)])
-        gate, up, down = stacked
-        return Experts(*(torch.cat(pair, dim=1) for pair in zip(gate, up, strict=True)), *down)
+        shapes = [(2 * len(inner), len(hidden) // n) for n in (2, mxfp4.BLOCK)]
+        shapes += [(len(hidden), len(inner) // n) for n in (2, mxfp4.BLOCK)]
+        count, device = g.n_routed_experts, self.checkpoint.device
+        out = Experts(*(torch.empty((count, *shape), dtype=torch.uint8, device=device) for shape in shapes))
+
+        def parts() -> Iterator[Part]:
+            for e in range(count):  # in the order in which they are stored
+                down = out.down[e], out.down_scales[e]
+                yield from self._code_parts(f"{prefix}{e}.down_proj", (hidden, inner), down)
+                for name, rows in (("gate_proj", slice(len(inner))), ("up_proj", slice(len(inner), None))):
+                    places = out.gate_up[e, rows], out.gate_up_scales[e, rows]
+                    yield from self._code_parts(f"{prefix}{e}.{name}", (inner, hidden), places)
+
+        self.checkpoint.read(parts())
+        return out
 
     def complete(self) -> None:
         """Proves that every tensor of the model gave this rank its share."""
@@ -207,7 +215,7 @@ class Shards:
         return rows, 2 * columns if base + ".weight_scale" in self.checkpoint else columns
 
     def values(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
-        """The values of a part of a matrix, as `Checkpoint.weight` gives the whole; possibly a view of the file."""
+        """The values of a part of a matrix, as `Checkpoint.weight` gives the whole."""
         base, rows, columns = box
         if (len(rows), len(columns)) == self._shape(base):
             return self.whole(base, dtype)
@@ -226,6 +234,19 @@ class Shards:
         codes = self._raw(self._stored(base), rows, _divided(columns, 2))
         scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
         return codes.contiguous(), e8m0_bytes(scales, base + ".weight_scale").contiguous()
+
+    def _code_parts(
+        self, base: str, box: tuple[range, range], out: tuple[torch.Tensor, torch.Tensor]
+    ) -> Iterator[Part]:
+        """What reads `_codes` into `out`. Scales that are stored as floats are decoded there at once."""
+        rows, columns = box
+        names = self._stored(base), base + ".weight_scale"
+        for name, per, place in zip(names, (2, mxfp4.BLOCK), out, strict=True):
+            if self.checkpoint.spec(name).dtype in ("U8", "F8_E8M0"):
+                self.boxes.setdefault(name, []).append((rows, _divided(columns, per)))
+                yield name, rows, _divided(columns, per), place
+            else:
+                place.copy_(e8m0_bytes(self._raw(name, rows, _divided(columns, per)), name))
 
     def _tiles(self, base: str, rows: range) -> torch.Tensor:
         """The row of FP8 scales that belongs to each of `rows`."""

@@ -6,6 +6,9 @@ the same tokens on any number of ranks. Speed is that of the real shapes; what i
 
 With uniform routing each token's experts are drawn without replacement, by position and layer alone: rows of a trained
 router's verification share experts, those of a random router share even more, and this is the case that no luck helps.
+
+A context is synthetic as well: keys and values as large as a prefill's, functions of (layer, head, position), fill the
+caches, so that rounds at 256K tokens take no prefill of 256K tokens.
 """
 
 import math
@@ -34,16 +37,18 @@ from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
 from mimo_runtime.engine import BLOCK, DTYPES, Engine
-from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, drafter_of, target_of
+from mimo_runtime.load import Drafter, Layer, LoadConfig, Moe, Target, target_of
+from mimo_runtime.load_drafter import drafter_of
 from mimo_runtime.model import new_caches, new_draft_caches
 from mimo_runtime.parallel import Alone, Ranks, world
-from mimo_runtime.shards import Shards
+from mimo_runtime.shards import Shards, head_rows, part
 from mimo_runtime.speculate import gumbel_noise
 
 PUBLISHED = {"flash": "mimo-v2.5.json", "pro": "mimo-v2.5-pro.json"}
 CONTEXTS = (8192, 262144, 1048576)
 UNIFORM_PERIOD = 1024  # positions after which uniform routing repeats its choices
 _TABLE, _KEYS = 1 << 20, 1 << 18
+_FILLED = 1 << 14  # positions of a cache made at once
 _PIECE = 1 << 23  # values made at once; the index in between takes four bytes each
 _FP8_STD = 64.0  # of FP8 codes: 448, the largest, is seven times as much
 
@@ -87,8 +92,8 @@ class RandomTensors:
 
     A matrix is T[a(row) + b(column)], of a table T of 2^20 standard normal numbers and two sequences of random keys,
     which start where the tensor's name says: an addition and a look-up a value. The scale is 1 / sqrt(columns), and 1
-    for embeddings and sinks. Norms are 1, router biases 0. Quantised matrices are random codes, with one of two random
-    scales for each block, so that a scale in the wrong place shows.
+    for embeddings, sinks and caches. Norms are 1, router biases 0. Quantised matrices are random codes, with one of two
+    random scales for each block, so that a scale in the wrong place shows.
     """
 
     def __init__(self, device: str | torch.device):
@@ -105,20 +110,20 @@ class RandomTensors:
         out = torch.empty(len(rows), len(columns), dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out
-        table, filled = self._table(spec), out
+        table, filled = self.table_of(spec), out
         if dtype.itemsize == 1:
             table, filled = table.view(torch.uint8), out.view(torch.uint8)
         down, across = self._keys(spec.name, rows), self._keys("^" + spec.name, columns)
         many = max(1, _PIECE // len(columns))
-        for part, keys in zip(filled.split(many), down.split(many), strict=True):
+        for piece, keys in zip(filled.split(many), down.split(many), strict=True):
             index = (keys[:, None] + across).bitwise_and_(_TABLE - 1)
-            torch.index_select(table, 0, index.view(-1), out=part.view(-1))
+            torch.index_select(table, 0, index.view(-1), out=piece.view(-1))
         return out
 
-    def _table(self, spec: TensorSpec) -> torch.Tensor:
+    def table_of(self, spec: TensorSpec) -> torch.Tensor:
         """What the values of a tensor are chosen from: numbers of its scale and dtype, code bytes or scale bytes."""
         kind: tuple[Any, ...] = ("values", TORCH_DTYPES[spec.dtype], spec.shape[-1] ** -0.5)
-        if "embed" in spec.name or len(spec.shape) == 1:
+        if "embed" in spec.name or "cache" in spec.name or len(spec.shape) == 1:
             kind = (*kind[:2], 1.0)
         if spec.name.endswith(".weight_scale"):
             kind = ("scales", mxfp4_scale_byte(mxfp4.BLOCK * spec.shape[-1]))
@@ -206,8 +211,36 @@ def uniform(target: Target) -> Target:
     return replace(target, layers=tuple(layers))
 
 
+def fill(
+    caches: list[RingCache], layers: tuple[Layer, ...], kv_heads: list[int], count: int, made: tuple[Any, Ranks, str]
+) -> None:
+    """Fills the caches of `layers`, which have `kv_heads` heads on all ranks, for positions 0 to `count` - 1.
+
+    `made` is (RandomTensors, ranks, name of the model). Keys are as large as those of a normalised row, values too, but
+    for the layer's scale of them; every rank gets those of its own heads.
+    """
+    tensors, ranks, name = made
+    for i, (cache, layer, heads) in enumerate(zip(caches, layers, kv_heads, strict=True)):
+        of = min(heads, ranks.size)
+        own = part(heads, ranks.rank * of // ranks.size, of)
+        dtype = next(n for n, d in TORCH_DTYPES.items() if d == cache.k.dtype)
+
+        def rows(which: str, size: int, at: range, i=i, own=own, dtype=dtype) -> torch.Tensor:
+            spec = TensorSpec(f"{name}.cache.{i}.{which}", dtype, (1, size), "")
+            return tensors.box(spec, at, head_rows(own, size)).view(len(at), len(own), size)
+
+        for start in range(max(0, count - cache.capacity), count, _FILLED):
+            at = range(start, min(start + _FILLED, count))
+            k, v = rows("k", cache.k.shape[-1], at), rows("v", cache.v.shape[-1], at)
+            cache.write(k, v * layer.attention.value_scale, start)
+
+
 class SyntheticEngine(Engine):
-    """An engine of two configurations, with random weights; it never stops before its budget."""
+    """An engine of two configurations, with random weights; it never stops before its budget.
+
+    With a `context` every prompt has so many tokens, of which only the last one is computed: random keys and values
+    stand for those of the others.
+    """
 
     def __init__(
         self,
@@ -217,11 +250,13 @@ class SyntheticEngine(Engine):
         *,
         uniform_routing: bool = False,
         ranks: int = 1,
+        context: int | None = None,
     ):
         """`ranks` > 1 makes a process that was started alone the first of so many, without the others."""
         self.config, self.draft_config, self.uniform_routing = config, draft_config, uniform_routing
-        self.pretended = ranks
+        self.pretended, self.context = ranks, context
         super().__init__("", cfg)
+        self.tensors = None if context is None else RandomTensors(self.device)
 
     def _connect(self, device: str, cfg: EngineConfig) -> Ranks:
         if self.pretended == 1 or world()[1] > 1:
@@ -231,6 +266,20 @@ class SyntheticEngine(Engine):
     def _load(self, load: LoadConfig) -> tuple[Target, Drafter | None]:
         target, drafter = random_model(self.config, self.draft_config, load)
         return uniform(target) if self.uniform_routing else target, drafter
+
+    def _held(self, ids: list[int]) -> int:
+        if self.context is None:
+            return 0
+        if len(ids) < self.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; give as many tokens")
+        held, target = self.context - 1, self.target
+        heads = [g.kv_heads for g in target.geometry.layers]
+        fill(self.caches, target.layers, heads, held, (self.tensors, self.ranks, "target"))
+        if self.drafter is not None:
+            assert self.draft_config is not None
+            heads = [DraftGeometry.from_config(self.draft_config).kv_heads] * len(self.drafter.layers)
+            fill(self.draft_caches, self.drafter.layers, heads, held, (self.tensors, self.ranks, "drafter"))
+        return held
 
 
 def random_prompts(vocab_size: int, length: int, count: int, seed: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from mimo_qat.checkpoint.layout import default_drafter_config
 from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import broken_down, chosen_experts, marked
-from mimo_runtime.config import BenchConfig
+from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.load import LoadConfig, Moe
 from mimo_runtime.synthetic import SyntheticEngine, memory, random_model, random_prompts, tensors_of, uniform
 from tests.runtime.conftest import WIDE
@@ -44,6 +44,29 @@ def test_the_allocator_agrees_with_a_dry_run(tiny_config, changes):
     held = torch.cuda.memory_allocated() - before
     promised = found["experts"] + found["spine"] + found["drafter"]
     assert promised <= held <= promised + 512 * len(list(tensors_of(model)))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_rounds_after_a_synthetic_context(tiny_config, graphs):
+    """The caches have the bits of the CPU's, and drafts change no token."""
+    draft_config, context, sampling = default_drafter_config(tiny_config), 5000, SamplingConfig(max_new_tokens=40)
+    cpu, gpu = (
+        SyntheticEngine(
+            tiny_config,
+            draft_config,
+            EngineConfig(device=device, dtype="float32", max_len=5040, cuda_graphs=graphs and device == "cuda"),
+            context=context,
+        )
+        for device in ("cpu", "cuda")
+    )
+    prompt = random_prompts(512, context, 1, seed=1)[0]
+    for engine in (cpu, gpu):
+        engine._held(prompt)
+    for a, b in zip([*cpu.caches, *cpu.draft_caches], [*gpu.caches, *gpu.draft_caches], strict=True):
+        assert torch.equal(a.k, b.k.cpu()) and torch.equal(a.v, b.v.cpu())
+    plain = gpu.generate(prompt, sampling, speculate=False).tokens
+    for way in ({}, {"forced_acceptance": [5, 0, 7]}):
+        assert gpu.generate(prompt, sampling, **way).tokens == plain
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_runtime import staging
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 
@@ -17,6 +19,26 @@ def test_logits_equal_those_of_the_cpu(release):
     cpu, gpu = (Engine(release, EngineConfig(device=d, dtype="float32", max_len=128)) for d in ("cpu", "cuda"))
     for chunk in (64, 7, 1):
         torch.testing.assert_close(gpu.logits(PROMPT, chunk).cpu(), cpu.logits(PROMPT), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("slot", [1000, 2**23])
+def test_what_threads_read_has_the_bytes_of_the_files(release, monkeypatch, slot):
+    """Through pinned buffers, small ones used again many times, while the stream still computes; columns as well."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", slot)
+    mapped, reader = Checkpoint(release), staging.StagedCheckpoint(release, "cuda")
+    busy, found = torch.ones(4096, 4096, device="cuda"), {}
+    for name in mapped.names:
+        shape = mapped.spec(name).shape
+        busy = busy @ busy * 2**-12
+        found[name] = reader.raw(name)
+        if len(shape) == 2 and shape[1] > 1:
+            found[name, "columns"] = reader.box(name, range(shape[0]), range(shape[1] // 2))
+    reader.close()
+    for key, tensor in found.items():
+        name, halved = key if isinstance(key, tuple) else (key, None)
+        expected = mapped.raw(name)
+        expected = expected[:, : expected.shape[1] // 2].contiguous() if halved else expected
+        assert torch.equal(tensor.cpu().view(torch.uint8), expected.view(torch.uint8)), key
 
 
 def test_noise_has_the_same_bits_as_on_the_cpu():

@@ -9,7 +9,8 @@ from mimo_kernels.linear import Fp8Weight, pack_fp8, unpack_fp8
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
-from mimo_runtime.load import LoadConfig, Moe, load_drafter, load_target
+from mimo_runtime.load import LoadConfig, Moe, load_target
+from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import linear, new_caches, target_forward
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import Shards

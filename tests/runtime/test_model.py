@@ -8,7 +8,8 @@ import torch
 from mimo_qat.checkpoint.reader import load_model, read_drafter
 from mimo_runtime.cache import LinearCache, RingCache, visible
 from mimo_runtime.engine import Engine, EngineConfig
-from mimo_runtime.load import LoadConfig, load_drafter, load_target
+from mimo_runtime.load import LoadConfig, load_target
+from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (
     draft_context,
     draft_forward,

@@ -19,7 +19,8 @@ from mimo_qat.checkpoint.layout import Geometry, read_json
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime.cli import main
 from mimo_runtime.engine import Engine
-from mimo_runtime.load import LoadConfig, Moe, load_drafter, load_target
+from mimo_runtime.load import LoadConfig, Moe, load_target
+from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.parallel import Ranks, checksum, connect, place
 from mimo_runtime.shards import Shards, check_target, fused_rows
 

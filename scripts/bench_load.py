@@ -1,0 +1,193 @@
+"""python scripts/bench_load.py --model recipes/model/mimo-v2.5.json --gb 60 --out /scratch/load --json load.json
+
+How fast a release is loaded, beside how fast its files can be read at all. Writes a folder in the published layout
+(MXFP4 experts, FP8 spine) of random bytes, with as many layers as `--gb` needs; reads all of its files by plain
+sequential reads of several threads into reused buffers; and loads the share of rank 0 of `--ranks` in a process of its
+own, as the runtime does. The bar: at least 60 % of that reading rate, and at most two shards of host memory on top of
+what the process held before. The read comes before and after the load, and its better rate counts. The last line is one
+JSON document; exits with 1 below the bar on a GPU. (A CPU holds the weights themselves and packs them slowly.)
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimo_qat.checkpoint.layout import TensorSpec, files_of, header_bytes, target_tensors, totals
+from mimo_qat.checkpoint.writer import PT_METADATA, write_index
+from mimo_qat.provenance import hardware, versions, write_json
+from mimo_runtime.load import LoadConfig, open_shards, target_of
+from mimo_runtime.parallel import Ranks
+from mimo_runtime.staging import reading_threads
+from mimo_runtime.synthetic import RandomTensors, allocated, model_config
+
+BUFFER = 2**23
+RATE, SHARDS = 0.6, 2.0  # the bar
+
+
+def layout(config: dict[str, Any]) -> dict[str, TensorSpec]:
+    return target_tensors(config, experts="mxfp4", spine="fp8", mtp_layers=0)
+
+
+def sized(model: str, layers: int | None, gb: float | None) -> dict[str, Any]:
+    """config.json of the first `layers` layers, or of the fewest that take `gb` GB, of all where those take less."""
+    if layers is not None or gb is None:
+        return model_config(model, layers)
+    most = model_config(model, None)["num_hidden_layers"]
+    sizes = (n for n in range(1, most) if totals(layout(model_config(model, n)))[1] >= gb * 1e9)
+    return model_config(model, next(sizes, None))
+
+
+def write_release(folder: Path, config: dict[str, Any], threads: int) -> dict[str, list[TensorSpec]]:
+    """A folder that the loader takes for a release; values repeat, a few megabytes of a kind. {file: its tensors}."""
+    specs, tensors = layout(config), RandomTensors("cpu")
+    files = files_of(specs)
+    need, free = totals(specs)[1], shutil.disk_usage(folder).free
+    if need > 0.98 * free:
+        raise SystemExit(f"error: {need / 1e9:.1f} GB do not fit {folder}, {free / 1e9:.1f} GB are free; lower --gb")
+    kinds = {spec.name: tensors.table_of(spec) for spec in specs.values()}  # one tensor for each kind
+    bytes_of = {id(t): bytes(t.view(torch.uint8).numpy().data) for t in kinds.values()}
+    long = {key: memoryview(data * -(-BUFFER // len(data))) for key, data in bytes_of.items()}
+
+    def write(file: str) -> None:
+        with (folder / file).open("wb", buffering=0) as f:
+            f.write(header_bytes(files[file], PT_METADATA))
+            for spec in files[file]:
+                data = long[id(kinds[spec.name])]
+                for done in range(0, spec.nbytes, len(data)):
+                    left = data[: spec.nbytes - done]
+                    while left:
+                        left = left[f.write(left) :]
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, files))
+    write_index(folder, specs, {"save_format": "mxfp4"})
+    write_json(folder / "config.json", config)
+    return files
+
+
+def read_files(paths: list[Path], threads: int) -> float:
+    """Seconds of reading all bytes of the files, each by one thread from begin to end, into one buffer."""
+
+    def read(path: Path) -> None:
+        buffer = memoryview(bytearray(BUFFER))
+        with path.open("rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, sorted(paths, key=lambda p: -p.stat().st_size)))
+    return time.perf_counter() - began
+
+
+def host_bytes(field: str) -> int:
+    """VmRSS or VmHWM, the largest VmRSS so far, of this process."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
+
+
+def load(folder: Path, ranks: int, device: str) -> dict[str, Any]:
+    """The loader's time, the bytes of the share, and by how much the process grew meanwhile at most."""
+    if device.startswith("cuda"):  # a context and its libraries are not the loader's work
+        (torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum().item()
+    before, began = host_bytes("VmRSS"), time.perf_counter()
+    cfg = LoadConfig(device, experts="packed", linears="kernel", ranks=Ranks(0, ranks))
+    shards = open_shards(folder, cfg)
+    target = target_of(shards, cfg, ())
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    held = allocated(target)
+    checkpoint, share = shards.checkpoint, 0
+    for name, boxes in shards.boxes.items():
+        spec = checkpoint.spec(name)
+        each = spec.nbytes // torch.Size(spec.shape).numel()
+        share += each * sum(len(rows) * len(columns) for rows, columns in boxes) if len(spec.shape) > 1 else spec.nbytes
+    checkpoint.close()
+    grown = host_bytes("VmHWM") - before - (0 if device.startswith("cuda") else held)
+    gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+    return {"seconds": seconds, "bytes": share, "held": held, "host_growth": max(grown, 0), "gpu_peak": gpu}
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="flash", help="flash, pro or a config.json")
+    parser.add_argument("--layers", type=int, help="the first so many layers; without it as many as --gb needs")
+    parser.add_argument("--gb", type=float, help="least size of the release; all layers without it")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the release to; deleted at the end")
+    parser.add_argument("--keep", action="store_true", help="keep the folder")
+    parser.add_argument("--ranks", type=int, default=1, help="load the share of rank 0 of so many")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=reading_threads(), help="that write, and that read the files")
+    parser.add_argument("--json", help="file that gets the document too")
+    parser.add_argument("--load_alone", action="store_true", help=argparse.SUPPRESS)  # in the process of its own
+    options = parser.parse_args()
+    if options.load_alone:
+        print(json.dumps(load(options.out, options.ranks, options.device)))
+        return 0
+    config = sized(options.model, options.layers, options.gb)
+    options.out.mkdir(parents=True)
+    try:
+        document = measure(options, config)
+    finally:
+        if not options.keep:
+            shutil.rmtree(options.out)
+    if options.json:
+        write_json(options.json, document)
+    print(f"{document['release_gb']:.1f} GB: written at {document['write_gb_per_s']:.2f} GB/s, read at "
+          f"{document['read_gb_per_s']:.2f}, rank 0 of {options.ranks} loaded {document['rank_gb']:.1f} GB in "
+          f"{document['load_seconds']:.1f} s at {document['load_gb_per_s']:.2f} GB/s ({document['ratio']:.0%}), host "
+          f"memory {document['peak_host_shards']:.2f} shards")  # fmt: skip
+    print(json.dumps(document))
+    return 0 if document["ok"] or options.device == "cpu" else 1
+
+
+def measure(options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """Writes, reads, loads, and reads again."""
+    began = time.perf_counter()
+    files = write_release(options.out, config, options.threads)
+    write_seconds = time.perf_counter() - began
+    sizes = {file: sum(spec.nbytes for spec in members) for file, members in files.items()}
+    total, paths = sum(sizes.values()), [options.out / file for file in files]
+    seconds = [read_files(paths, options.threads)]
+    command = [sys.executable, __file__, "--load_alone", f"--ranks={options.ranks}", f"--device={options.device}"]
+    done = subprocess.run([*command, f"--out={options.out}"], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    seconds.append(read_files(paths, options.threads))
+    rate, read = found["bytes"] / found["seconds"] / 1e9, total / min(seconds) / 1e9
+    shards = found["host_growth"] / max(sizes.values())
+    return {
+        "ok": rate >= RATE * read and shards <= SHARDS,
+        "release_gb": total / 1e9,
+        "layers": config["num_hidden_layers"],
+        "files": len(files),
+        "shard_gb": max(sizes.values()) / 1e9,
+        "write_gb_per_s": total / write_seconds / 1e9,
+        "read_gb_per_s": read,
+        "read_seconds": seconds,
+        "threads": options.threads,
+        "ranks": options.ranks,
+        "device": options.device,
+        "rank_gb": found["bytes"] / 1e9,
+        "load_seconds": found["seconds"],
+        "load_gb_per_s": rate,
+        "ratio": rate / read,
+        "peak_host_bytes": found["host_growth"],
+        "peak_host_shards": shards,
+        "held_bytes": found["held"],
+        "peak_gpu_bytes": found["gpu_peak"],
+        "conditions": {"hardware": hardware(), "versions": versions(), "cores": len(os.sched_getaffinity(0))},
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""What threads read of a release, against the mapped file: directly, and through the buffers of a GPU's copies."""
+
+import contextlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_qat.checkpoint.reader import Checkpoint
+from mimo_runtime import staging
+from mimo_runtime.load import LoadConfig, open_shards
+from mimo_runtime.staging import StagedCheckpoint
+from tests.runtime.conftest import WIDE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["cpu", "buffers"])
+def staged(request, release, monkeypatch):
+    """A reader with buffers of 1000 bytes; "buffers" takes the way of a GPU, whose events and streams are stand-ins."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
+    reader = StagedCheckpoint(release, "cpu")
+    if request.param == "buffers":
+        empty, take, waits = torch.empty, reader._take, []
+
+        class Event:
+            def __init__(self, blocking: bool):
+                self.recorded = False
+
+            def synchronize(self):
+                assert self.recorded
+                waits.append(self)
+
+            def record(self, stream):
+                self.recorded = True
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
+        reader._take = lambda pieces, stream: take(pieces, "a stream")
+    yield reader
+    reader.close()
+    assert request.param == "cpu" or waits  # buffers were used again
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    left, right = (t.contiguous().view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(left, right)
+
+
+def test_every_tensor_has_the_bytes_of_the_file(staged, release):
+    mapped = Checkpoint(release)
+    for name in mapped.names:
+        assert same(staged.raw(name), mapped.raw(name)), name
+        shape = mapped.spec(name).shape
+        if len(shape) == 2:
+            rows, columns = (range(n // 3, max(n // 3 + 1, 2 * n // 3)) for n in shape)
+            assert same(staged.box(name, rows, columns), mapped.box(name, rows, columns)), name
+            assert same(staged.box(name, rows, range(shape[1])), mapped.box(name, rows, range(shape[1]))), name
+    assert staged.box(name, range(0), range(0)).numel() == 0
+
+
+def test_many_parts_at_once(staged, release):
+    """In any order, into parts of one tensor."""
+    mapped = Checkpoint(release)
+    names = [n for n in mapped.names if n.endswith("down_proj.weight") and ".experts." in n]
+    rows, columns = mapped.spec(names[0]).shape
+    out = torch.zeros(len(names), rows, columns // 2, dtype=torch.uint8)
+    right = range(columns // 2, columns)
+    staged.read((n, range(rows), right, out[i]) for i, n in reversed(list(enumerate(names))))
+    assert torch.equal(out, torch.stack([mapped.raw(n)[:, columns // 2 :] for n in names]))
+
+
+def test_a_file_that_ends_too_early_is_named(release):
+    shards = open_shards(release, LoadConfig("cpu"))
+    name = max(shards.checkpoint.names, key=lambda n: shards.checkpoint.spec(n).nbytes)
+    file = release / shards.checkpoint.spec(name).file
+    file.write_bytes(file.read_bytes()[:20_000])
+    with pytest.raises(ValueError, match=f"{file.name} ended inside .* fetch it again"):
+        for expected in shards.checkpoint.names:
+            shards.checkpoint.raw(expected)
+    shards.checkpoint.close()
+
+
+def test_ranks_of_a_host_share_its_cores(monkeypatch):
+    monkeypatch.setattr(staging.os, "sched_getaffinity", lambda pid: range(64))
+    assert staging.reading_threads() == staging.MOST_THREADS
+    for ranks, threads in ((8, 8), (64, 1), (128, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert staging.reading_threads() == threads
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
+    """Writes, reads and loads a tiny release; `--gb` takes as many layers as it needs."""
+    spec = importlib.util.spec_from_file_location("bench_load", ROOT / "scripts/bench_load.py")
+    bench_load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench_load)
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(tiny_config | WIDE))
+    monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / p) for p in ("", "kernels", "runtime")))
+    command = ["bench_load.py", "--model", str(config), "--out", str(out), "--device=cpu", f"--ranks={ranks}"]
+    monkeypatch.setattr("sys.argv", [*command, "--gb=0.002", "--keep", f"--json={tmp_path / 'doc.json'}"])
+    assert bench_load.main() == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found == json.loads((tmp_path / "doc.json").read_text())
+    stored = Checkpoint(out)
+    stored.verify()
+    total = sum(stored.spec(n).nbytes for n in stored.names)
+    assert stored.format == ("mxfp4", "fp8", 0) and found["release_gb"] == total / 1e9 >= 0.002
+    assert found["layers"] == stored.geometry.num_hidden_layers < 4
+    assert total / ranks <= 1e9 * found["rank_gb"] < 1.2 * total / ranks
+    assert found["ratio"] == pytest.approx(found["load_gb_per_s"] / found["read_gb_per_s"])
+    assert found["load_seconds"] > 0 and found["peak_host_shards"] >= 0 and found["write_gb_per_s"] > 0
