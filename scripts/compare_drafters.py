@@ -48,6 +48,7 @@ from mimo_qat.provenance import commit, hardware, versions, write_json
 Batch = dict[str, torch.Tensor]
 ARMS = ("ours_adamw", "ours_muon", "specforge", "speculators", "speculators_eager")
 LAYOUTS = ("packed", "single")
+STRETCH = 4  # steps that are timed together
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Ours:
 
     def __init__(self, task: Task):
         self.run = Distiller(task.config, task.target, task.drafter, task.rows, task.rows)
-        names = ("optimizer", "max_grad_norm", "compile")
+        names = ("optimizer", "max_grad_norm", "compile", "cuda_graphs")
         self.facts: dict[str, Any] = {n: getattr(task.config, n) for n in names} | {"documents": "separate"}
 
     def step(self, number: int) -> torch.Tensor:
@@ -299,35 +300,44 @@ def single_documents(rows: Batch, length: int) -> Batch:
 
 
 def train(arm: Any, task: Task, warm_up: int) -> dict[str, Any]:
-    """All steps of one arm; seconds and peak memory of those after the first `warm_up`, which compile."""
+    """All steps of one arm; seconds and peak memory of those after the first `warm_up`, which compile.
+
+    Steps are timed STRETCH at a time, as training runs: nobody looks at the device in between, so that a host which
+    need not wait for it may prepare the next step.
+    """
     cuda = task.target.device.type == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if cuda else torch.cpu.synchronize
-    seconds, losses = [], []
+    timed, losses, began, first = [], [], time.perf_counter(), 0.0
     held = torch.cuda.memory_allocated() / 1e9 if cuda else None
     for step in range(task.config.max_steps):
-        if cuda and step == warm_up:
-            torch.cuda.reset_peak_memory_stats()
-        wait()
-        began = time.perf_counter()
-        loss = arm.step(step)
-        wait()
-        seconds.append(time.perf_counter() - began)
-        losses.append(float(loss))
-    timed, median = seconds[warm_up:], statistics.median(seconds[warm_up:])
+        if (step - warm_up) % STRETCH == 0:
+            wait()
+            if step > warm_up:
+                timed.append((time.perf_counter() - began) / STRETCH)
+            elif cuda:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+        losses.append(arm.step(step).clone())
+        if step == 0:
+            wait()
+            first = time.perf_counter() - began
+    wait()
+    timed.append((time.perf_counter() - began) / STRETCH)
+    median = statistics.median(timed)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
     tokens = int((task.rows["doc_ids"] >= 0).sum()) / task.config.max_steps
     blocks = statistics.mean(arm.blocks(task.batch(step)) for step in range(task.config.max_steps))
     return {
         "step_seconds": median,
         "step_seconds_range": [min(timed), max(timed)],
-        "first_step_seconds": seconds[0],
+        "first_step_seconds": first,
         "tokens_a_step": tokens,
         "tokens_per_s": tokens / median,
         "blocks_a_step": blocks,
         "blocks_per_s": blocks / median,
         "held_before_gb": held,
         "peak_gb": peak,
-        "loss": losses,
+        "loss": [float(loss) for loss in losses],
     }
 
 
@@ -372,6 +382,7 @@ def distill_config(options: argparse.Namespace, block_size: int, layout: str, op
         schedule="constant",
         warmup_ratio=0.0,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
         bf16=options.device == "cuda",
         use_cpu=options.device == "cpu",
     )
@@ -418,7 +429,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="*", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--block_sizes", nargs="*", type=int, default=[8, 16])
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--warm_up", type=int, default=6, help="steps that timing and peak memory leave out")
+    parser.add_argument("--warm_up", type=int, default=4, help="steps that timing and peak memory leave out")
     parser.add_argument("--batch", type=int, default=4, help="packed rows a step")
     parser.add_argument("--single_batch", type=int, default=16, help="rows of one document a step")
     parser.add_argument("--single_length", type=int, default=512, help="tokens of a row of one document")
@@ -427,9 +438,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_taps", type=int, default=5)
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--compile", action="store_true", help="compile the layers of our drafter too")
+    parser.add_argument("--cuda_graphs", action="store_true", help="replay the target's forward of our arms as a graph")
     parser.add_argument("--eval_rows", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps <= options.warm_up or (options.steps - options.warm_up) % STRETCH:
+        parser.error(
+            f"--steps {options.steps}: {STRETCH} steps are timed together; add a multiple of that to --warm_up"
+        )
+    return options
 
 
 def first_rows(rows: Batch, count: int) -> Batch:

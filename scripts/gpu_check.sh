@@ -50,7 +50,7 @@ tests between tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/g
 tests launch-order tests/gpu/test_launch_order_gpu.py &
 tests synthetic tests/gpu/test_synthetic_gpu.py &
 tests symmetric tests/gpu/test_symmetric_gpu.py &
-tests head-loss tests/gpu/test_head_loss_gpu.py &
+tests distill tests/gpu/test_head_loss_gpu.py tests/gpu/test_distill_gpu.py &
 wait
 for operator in moe attention linear norm heads router layer codec; do kernels $operator; done
 MIMO_KERNELS_PDL=1 kernels layer -early

@@ -109,6 +109,9 @@ class DistillConfig:
     tv and e2e-tv) x hidden x 2 bytes"""
     compile: bool = False
     """compile the drafter's layers and, on a GPU, the target's norms, attention and routers; a minute at the start"""
+    cuda_graphs: bool = False
+    """replay the target's forward pass as one CUDA graph: spares its launches, which decide where the target or the
+    batch is small; not together with cache_taps"""
     bf16: bool = True
     """compute in bfloat16 with float32 masters; else all float32"""
     use_cpu: bool = False
@@ -138,6 +141,8 @@ class DistillConfig:
         for name in ("max_steps", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.cuda_graphs and self.cache_taps:
+            raise ValueError("cuda_graphs: what a graph returns is overwritten, and cache_taps keeps it; choose one")
         if self.block_size < 2:
             raise ValueError(f"block_size is {self.block_size}; a block is an anchor and at least one draft")
 
@@ -156,5 +161,5 @@ class DistillConfig:
 # What may change between a killed run and its continuation: what leaves the weights alone, and paths, which may move.
 FREE_ON_RESUME = frozenset(
     "target output_dir data logging_steps eval_steps save_steps resume_from_checkpoint eval_prompts "
-    "eval_max_new_tokens report_to cache_taps".split()
+    "eval_max_new_tokens report_to cache_taps cuda_graphs".split()
 )

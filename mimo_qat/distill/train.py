@@ -29,6 +29,7 @@ from mimo_qat.distill.objective import Objective, Sums, head_loss, metrics
 from mimo_qat.distill.optim import MasterOptimizer, learning_rate_factor
 from mimo_qat.distill.start import new_drafter, pick_mask_token, warm_start
 from mimo_qat.distill.taps import Taps
+from mimo_qat.graphs import Graph
 from mimo_qat.models.compiled import use_training_kernels
 from mimo_qat.models.dflash_files import save_drafter
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
@@ -97,6 +98,9 @@ class Distiller:
         # Layer by layer: one compilation serves all layers, and the next drafter of the same shape.
         layers = [torch.compile(layer, dynamic=False) for layer in self.drafter.layers] if config.compile else None
         self.run_layers = partial(self.drafter.run_layers, layers=layers)
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ValueError("cuda_graphs needs a GPU; leave it out on a CPU")
+        self.graph: Graph | None = None
         self.step, self.tokens = 0, 0
         self.window = self.no_sums()  # sums since the last log line
         self.orders: dict[int, torch.Tensor] = {}
@@ -105,6 +109,7 @@ class Distiller:
 
     def close(self) -> None:
         """Ends training: the target runs uncompiled again, because what was compiled for training decodes slowly."""
+        self.graph = None
         self.accelerator.end_training()
         for module in self.target.modules():
             module.__dict__.pop("forward", None)
@@ -145,11 +150,19 @@ class Distiller:
 
     @torch.no_grad()
     def target_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The target's taps [B, S, T*D] of a batch, and its final hidden states [B, S, D] if some loss needs them."""
+        """The target's taps [B, S, T*D] of a batch, and its final hidden states [B, S, D] if some loss needs them; with
+        `cuda_graphs` in memory that the next call overwrites."""
+        inputs = batch["input_ids"], batch["position_ids"], batch["doc_ids"]
+        if not self.config.cuda_graphs:
+            return self._target_states(*inputs)
+        self.graph = self.graph or Graph(self._target_states, inputs)
+        return self.graph(*inputs)
+
+    def _target_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, doc_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with Taps(self.target, self.drafter.config.target_layer_ids) as taps:
-            out = self.target.model(
-                batch["input_ids"], position_ids=batch["position_ids"], document_ids=batch["doc_ids"], use_cache=False
-            )
+            out = self.target.model(input_ids, position_ids=position_ids, document_ids=doc_ids, use_cache=False)
             final = out.last_hidden_state.to(self.dtype) if self.config.needs_target() else None
             return taps.take().to(self.dtype), final
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mimo_qat.graphs import Graph
 from mimo_qat.models.draft_tree import (
     Tree,
     TreeTensors,
@@ -28,7 +29,6 @@ from mimo_qat.models.draft_tree import (
 )
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
-from mimo_runtime.graphs import Graph
 from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_target, tokenizer_size
 from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (

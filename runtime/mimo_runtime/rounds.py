@@ -17,9 +17,9 @@ from functools import partial
 
 import torch
 
+from mimo_qat.graphs import Graph
 from mimo_qat.models.draft_tree import TreeTensors
 from mimo_runtime.config import SamplingConfig
-from mimo_runtime.graphs import Graph
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.speculate import Round, Sampler, choose
 

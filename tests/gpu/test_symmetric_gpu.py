@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mimo_kernels import allreduce
-from mimo_runtime.graphs import Graph
+from mimo_qat.graphs import Graph
 from mimo_runtime.parallel import Group, connect, place
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from mimo_qat.distill.train import draft_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_drafters.py"
 ARGUMENTS = {
-    "steps": 3,
+    "steps": 5,
     "warm_up": 1,
     "batch": 4,
     "single_batch": 6,
@@ -67,7 +67,7 @@ def task_of(script, folder, rows, layout="packed", optimizer="adamw"):
     options = argparse.Namespace(
         **ARGUMENTS, model=str(folder), data="", scratch=str(folder), length=rows["input_ids"].shape[1]
     )
-    options.num_draft_layers, options.learning_rate, options.compile = 2, 1e-3, False
+    options.num_draft_layers, options.learning_rate, options.compile, options.cuda_graphs = 2, 1e-3, False, False
     config = script.distill_config(options, 4, layout, optimizer)
     target = load_model(folder, dtype=torch.float32, device="cpu").eval().requires_grad_(False)
     return script.Task(target, rows, script.start_drafter(config, target, 511), config)

@@ -50,6 +50,13 @@ def test_the_last_steps_take_the_finishing_loss(tmp_path):
         settings(tmp_path, finish_ratio=1.5)
     with pytest.raises(ValueError, match="logging_steps is 0"):
         settings(tmp_path, logging_steps=0)
+    with pytest.raises(ValueError, match="cache_taps keeps it; choose one"):
+        settings(tmp_path, cuda_graphs=True, cache_taps=True)
+
+
+def test_a_cpu_replays_no_graph(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
+        distiller(tiny_model, tmp_path, cuda_graphs=True)
 
 
 @pytest.mark.parametrize("finish", ["tv", "e2e-tv"])
