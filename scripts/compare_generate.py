@@ -48,7 +48,7 @@ def peer(folder: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     config = MiMoV2FlashConfig(
         **{k: given[k] for k in SAME if k in given},
         rms_norm_eps=c.layernorm_epsilon,
-        sliding_window=c.sliding_window,
+        sliding_window=c.sliding_window or c.max_position_embeddings,  # without windows it has to be some number
         layer_types=c.layer_types,
         mlp_layer_types=["sparse" if moe else "dense" for moe in given["moe_layer_freq"]],
         rope_parameters={kind: rope | {"rope_theta": float(t)} for kind, t in theta.items()},

@@ -19,8 +19,19 @@ def script():
     return module
 
 
-def test_arms_are_timed_on_the_same_model(tmp_path, tiny_config, make_model, script, monkeypatch, capsys):
-    config = tiny_config | {"swa_num_key_value_heads": 2 * tiny_config["num_key_value_heads"]}
+UPCYCLED = {
+    "hybrid_layer_pattern": [0] * 4,
+    "sliding_window": None,
+    "sliding_window_size": None,
+    "add_swa_attention_sink_bias": False,
+    "partial_rotary_factor": 1.0,
+    "attention_value_scale": None,
+}
+
+
+@pytest.mark.parametrize("changes", [{"swa_num_key_value_heads": 4}, UPCYCLED], ids=["windows", "upcycled"])
+def test_arms_are_timed_on_the_same_model(tmp_path, tiny_config, make_model, script, monkeypatch, capsys, changes):
+    config = tiny_config | changes
     folder = reference_folder(tmp_path / "model", config, make_model(config))
     drafter_folder(folder / "dflash", config)
     monkeypatch.setattr(script, "load_tokenizer", lambda folder: None)
