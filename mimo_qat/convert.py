@@ -29,9 +29,9 @@ from mimo_qat.checkpoint.layout import Spine, files_of, header_bytes, read_json,
 from mimo_qat.checkpoint.reader import open_drafter
 from mimo_qat.checkpoint.writer import MANIFEST_FILE, PT_METADATA, file_sha256, write_drafter, write_index
 from mimo_qat.dialects import Dialect, Plan, plan
-from mimo_qat.provenance import commit, versions, write_json
+from mimo_qat.provenance import commit, resident_bytes, versions, write_json
 from mimo_qat.sources import Source
-from mimo_qat.workers import Job, peak_memory, run_jobs
+from mimo_qat.workers import Job, run_jobs
 
 COPIED = (
     "tokenizer*",
@@ -298,7 +298,8 @@ def _convert(source: Source, target: Plan, drafter: Path | None, cfg: ConvertCon
     )
     if changed is not None:
         print(f"expert elements that the grid changed: {changed:,}")
-    memory = {"peak_rss_bytes": peak_memory() + sum(peaks), "largest_process_bytes": max([*peaks, peak_memory()])}
+    peaks.append(resident_bytes(peak=True))
+    memory = {"peak_rss_bytes": sum(peaks), "largest_process_bytes": max(peaks)}
     return {"ok": True, "out": str(out), **facts, **memory, "side_files": copied}
 
 

@@ -64,6 +64,13 @@ def hardware() -> dict[str, Any]:
     return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
+def resident_bytes(peak: bool = False) -> int:
+    """Memory that this process has now, or had at most, in bytes. (Of a new program the kernel's ru_maxrss begins with
+    the size of the process that started it.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
+
+
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that shape results; a package that is not installed is left out."""
     found = {"python": platform.python_version()}

@@ -6,7 +6,6 @@ no header and no index. It ends when its parent does: the next run finds the jou
 
 import errno
 import os
-import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -26,6 +25,7 @@ from mimo_qat.checkpoint.journal import Journal
 from mimo_qat.checkpoint.layout import TensorSpec, header_bytes
 from mimo_qat.checkpoint.writer import PT_METADATA, FileWriter
 from mimo_qat.dialects import Step, run_step
+from mimo_qat.provenance import resident_bytes
 from mimo_qat.sources import Source
 
 MAX_WORKERS = 4
@@ -132,12 +132,7 @@ def _work(job: Job) -> tuple[int, int]:
 
     with torch.no_grad():
         write_file(job, progress)
-    return os.getpid(), peak_memory()
-
-
-def peak_memory() -> int:
-    """The most memory that this process had, in bytes, as the system counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return os.getpid(), resident_bytes(peak=True)
 
 
 def usable_cores() -> int:

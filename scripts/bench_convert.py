@@ -8,7 +8,6 @@ trillion-parameter checkpoint. Needs about 50 GB of scratch space at once; every
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from mimo_qat.checkpoint.layout import files_of, header_bytes, target_tensors, t
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_qat.checkpoint.writer import write_index
 from mimo_qat.convert_bench import synthetic
+from mimo_qat.provenance import resident_bytes
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -27,9 +27,9 @@ GIB = 2**30
 
 def command(*arguments: str) -> tuple[dict[str, Any], float, int]:
     """(JSON document, seconds, peak bytes of the largest process) of `mimo-qat ARGUMENTS`, run as a user runs it."""
-    code = "import resource, sys; from mimo_qat.cli import main; status = main(); "
-    code += "peaks = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]; "
-    code += "print(max(peaks) * 1024); sys.exit(status)"
+    code = "import resource, sys; from mimo_qat.cli import main; from mimo_qat.provenance import resident_bytes; "
+    code += "status = main(); children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss; "
+    code += "print(max(resident_bytes(peak=True), children)); sys.exit(status)"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -137,7 +137,7 @@ def main() -> None:
         if path and results:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results | {"peak_of_this_script_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    print(json.dumps(results | {"peak_of_this_script_kb": resident_bytes(peak=True) // 1024}))
 
 
 if __name__ == "__main__":

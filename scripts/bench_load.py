@@ -23,7 +23,7 @@ import torch
 
 from mimo_qat.checkpoint.layout import TensorSpec, files_of, header_bytes, target_tensors, totals
 from mimo_qat.checkpoint.writer import PT_METADATA, write_index
-from mimo_qat.provenance import hardware, versions, write_json
+from mimo_qat.provenance import hardware, resident_bytes, versions, write_json
 from mimo_runtime.load import LoadConfig, open_shards, target_of
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.staging import reading_threads
@@ -89,16 +89,11 @@ def read_files(paths: list[Path], threads: int) -> float:
     return time.perf_counter() - began
 
 
-def host_bytes(field: str) -> int:
-    """VmRSS or VmHWM, the largest VmRSS so far, of this process."""
-    return 1024 * int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
-
-
 def load(folder: Path, ranks: int, device: str) -> dict[str, Any]:
     """The loader's time, the bytes of the share, and by how much the process grew meanwhile at most."""
     if device.startswith("cuda"):  # a context and its libraries are not the loader's work
         (torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum().item()
-    before, began = host_bytes("VmRSS"), time.perf_counter()
+    before, began = resident_bytes(), time.perf_counter()
     cfg = LoadConfig(device, experts="packed", linears="kernel", ranks=Ranks(0, ranks))
     shards = open_shards(folder, cfg)
     target = target_of(shards, cfg, ())
@@ -112,7 +107,7 @@ def load(folder: Path, ranks: int, device: str) -> dict[str, Any]:
         each = spec.nbytes // torch.Size(spec.shape).numel()
         share += each * sum(len(rows) * len(columns) for rows, columns in boxes) if len(spec.shape) > 1 else spec.nbytes
     checkpoint.close()
-    grown = host_bytes("VmHWM") - before - (0 if device.startswith("cuda") else held)
+    grown = resident_bytes(peak=True) - before - (0 if device.startswith("cuda") else held)
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"seconds": seconds, "bytes": share, "held": held, "host_growth": max(grown, 0), "gpu_peak": gpu}
 

@@ -12,11 +12,11 @@ import gc
 import json
 import time
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from mimo_qat.provenance import resident_bytes
 from mimo_runtime.bench import conditions
 from mimo_runtime.config import BenchConfig, SamplingConfig
 from mimo_runtime.engine import Forced
@@ -45,8 +45,7 @@ class Soaked(SyntheticEngine):
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes that this process holds now, on the host and on its GPU."""
     gc.collect()
-    status = Path("/proc/self/status").read_text()
-    held = {"host": 1024 * int(status.split("VmRSS:")[1].split()[0])}
+    held = {"host": resident_bytes()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         held["gpu_allocated"] = torch.cuda.memory_allocated(device)
