@@ -81,7 +81,7 @@ release() { # release NAME DRAFTER GPU: the target with a drafter, decoded witho
     step "release-$1" - $python -m mimo_qat convert --target "$work/qad-long/qad-long" --drafter "$2" --out "$work/release-$1" \
         --overwrite true &&
         step "bench-$1" $3 $python -m mimo_runtime bench "$work/release-$1" --prompts "$work/code.jsonl" --limit 12 \
-            --max_new_tokens 192 --tree_budget 32 --cuda_graphs true --max_len 512 --output "$work/bench-$1.json"
+            --max_new_tokens 192 --tree_budget 15 --cuda_graphs true --max_len 512 --output "$work/bench-$1.json"
 }
 prompts() { # what is asked for answers: read while the GPUs train -> WORK/prompts.jsonl
     step prompts - $python - "$work" "${TOKENIZER:-$work/moe}" <<'PYTHON'
@@ -118,8 +118,8 @@ lane_a() { # GPU
     step modelopt $1 $python scripts/compare_modelopt.py --model "$work/teacher" --data "$work/packed.safetensors" \
         --out "$work/modelopt.json" --steps 12 --batch 16 --learning_rate 1e-4
     step peers $1 $python scripts/compare_drafters.py --model "$work/qad-long/qad-long" --data "$work/packed.safetensors" \
-        --out "$work/drafters.json" --block_sizes 16 --arms ours_adamw specforge speculators speculators_eager \
-        --steps 12 --warm_up 4 --compile
+        --out "$work/drafters.json" --block_sizes 16 --layouts packed --batch 16 --anchors 4096 --compile --cuda_graphs \
+        --arms ours_adamw specforge speculators_eager speculators
     drafter_study drafter-short-b8 $1 --arms '^short b8'
     step parity $1 $python scripts/draft_parity.py "$work/release-plain" --prompts 4
 }
@@ -134,9 +134,13 @@ lane_b() { # GPU
     [ "$gpus" -lt 2 ] || answer $1 1
     await answers-0 code-prompts || return
     drafter_study drafter-best $1 --arms '^best b16'
-    release best "$work/drafter-best/best-b16/dflash" $1 &&
+    release best "$work/drafter-best/best-b16/dflash" $1
+    if [ -e "$work/done/release-best" ]; then
         step generate $1 $python scripts/compare_generate.py "$work/release-best" --reference "$work/qad-long/qad-long" \
             --prompts "$work/code.jsonl" --cuda_graphs --out "$work/generate.json"
+        step lossless $1 $python scripts/lossless.py "$work/release-best" --prompts "$work/code.jsonl" --limit 50 \
+            --max_new_tokens 256 --dtype bfloat16 --cuda_graphs --out "$work/lossless.json"
+    fi
     drafter_study drafter-short-b16 $1 --arms '^short b16'
 }
 
@@ -144,7 +148,7 @@ lane_a 0 &
 lane_b $((gpus > 1)) &
 wait
 all="upcycle pack prompts teacher qad-main qad-long answers-0 code-prompts drafter-plain drafter-best release-plain bench-plain
-    release-best bench-best generate drafter-short-b8 drafter-short-b16 parity modelopt peers qad-times"
+    release-best bench-best generate lossless drafter-short-b8 drafter-short-b16 parity modelopt peers qad-times"
 [ "$gpus" -lt 2 ] || all+=" answers-1"
 missing=$(for name in $all; do [ -e "$work/done/$name" ] || echo -n " $name"; done)
 for name in $all; do [ -e "$work/done/$name" ] && echo "$name: $(cat "$work/done/$name")"; done

@@ -54,26 +54,28 @@ def main() -> int:
     """Runs every prompt in every way; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of the bundled prompts, evenly spread")
+    parser.add_argument("--prompts", help=".jsonl file; the bundled prompts without it")
+    parser.add_argument("--limit", type=int, default=20, help="how many of the prompts, evenly spread")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument("--cuda_graphs", action="store_true", help="on a GPU: replay rounds as graphs")
     parser.add_argument("--out", help="JSON file to write the figures to, as records")
     options = parser.parse_args()
-    engine = Engine(options.folder, EngineConfig(dtype=options.dtype, max_len=1024))
-    if engine.drafter is None:
+    cfg = EngineConfig(dtype=options.dtype, max_len=1024, cuda_graphs=options.cuda_graphs)
+    engine, noisy = Engine(options.folder, cfg), Engine(options.folder, cfg)  # graphs keep the drafter they began with
+    if noisy.drafter is None:
         parser.error(f"{options.folder} has no drafter; give a release with dflash/")
-    tokenizer, trained = load_tokenizer(options.folder), engine.drafter
+    torch.manual_seed(0)
+    noisy.drafter = replace(noisy.drafter, fc=randomised(noisy.drafter.fc), layers=randomised(noisy.drafter.layers))
+    tokenizer = load_tokenizer(options.folder)
     sampling = SamplingConfig(max_new_tokens=options.max_new_tokens)
     every_length = list(range(engine.block))
     runs: dict[str, list[Generation]] = {"plain": [], "drafter": [], "random drafter": [], "forced 0 to B-1": []}
-    for prompt in tqdm(load_prompts(None, options.prompts), desc="prompts"):
+    for prompt in tqdm(load_prompts(options.prompts, options.limit), desc="prompts"):
         ids = encode(tokenizer, prompt.text)
         runs["plain"].append(engine.generate(ids, sampling, speculate=False))
         runs["drafter"].append(engine.generate(ids, sampling))
-        torch.manual_seed(0)
-        engine.drafter = replace(trained, fc=randomised(trained.fc), layers=randomised(trained.layers))
-        runs["random drafter"].append(engine.generate(ids, sampling))
-        engine.drafter = trained
+        runs["random drafter"].append(noisy.generate(ids, sampling))
         runs["forced 0 to B-1"].append(engine.generate(ids, sampling, forced_acceptance=every_length))
     plain = [run.tokens for run in runs.pop("plain")]
     result = {}

@@ -176,7 +176,7 @@ def test_lossless_writes_records(with_tokenizer, capsys, tmp_path, monkeypatch):
     lossless = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lossless)
     out = tmp_path / "lossless.json"
-    flags = ["--prompts=2", "--max_new_tokens=12", "--out", str(out)]
+    flags = ["--limit=2", "--max_new_tokens=12", "--out", str(out)]
     monkeypatch.setattr("sys.argv", [str(ROOT / "scripts/lossless.py"), str(release), *flags])
     assert lossless.main() == 0
     printed, found = last_line(capsys), read_results([str(out)])
