@@ -52,7 +52,7 @@ tests synthetic tests/gpu/test_synthetic_gpu.py &
 tests symmetric tests/gpu/test_symmetric_gpu.py &
 tests distill tests/gpu/test_head_loss_gpu.py tests/gpu/test_distill_gpu.py &
 wait
-for operator in moe attention linear norm heads router layer codec; do kernels $operator; done
+for operator in moe prompt attention linear norm heads router layer codec; do kernels $operator; done
 MIMO_KERNELS_PDL=1 kernels layer -early
 bench flash-slice 1 --synthetic flash --layers 12
 MIMO_KERNELS_PDL=1 bench flash-slice-early 1 --synthetic flash --layers 12

@@ -29,6 +29,7 @@ import torch
 
 from . import fp8, linear, mxfp4, transcode
 from .moe import MAX_TOKENS, PAGE_K, PackedExperts
+from .moe_many import moe_many
 
 H200_COPY = 4280.0  # GB/s read plus written, measured
 CALLS = 16  # a graph
@@ -36,11 +37,12 @@ REPLAYS = 25
 COPY_BYTES = 2**30
 CODEC_EXPERTS = 16
 MXFP4_BYTES = 17 / 32  # a weight
+PROMPT = 256  # tokens of a chunk of a prompt
 CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
 LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
 L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
 ROTATION = 2**30  # bytes that a graph walks through at most, but for two large weights or caches
-OPERATORS = ("moe", "attention", "linear", "norm", "heads", "router", "layer", "codec")
+OPERATORS = ("moe", "prompt", "attention", "linear", "norm", "heads", "router", "layer", "codec")
 Row = dict[str, Any]
 
 
@@ -190,6 +192,10 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
                 rows = (sweep if args.sweep else measure_moe)(packed, routings(g, args.tokens, distinct), size)
             yield from (base | {"experts": distinct} | row for row in rows)
         del packed
+    if "prompt" in wanted and not args.sweep:
+        packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
+        yield from (base | {"experts": g.distinct(PROMPT)} | row for row in prompt_rows(g, packed, gpu))
+        del packed
     if "attention" in wanted:
         for a in g.attention:
             for context in CONTEXTS if a.window is None else CONTEXTS[1:2]:
@@ -272,6 +278,23 @@ def measure_moe(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> li
         {"operator": name, "bytes": round(size * share), "us": graph_microseconds(call), "config": asdict(config)}
         for name, (share, call) in calls.items()
     ]
+
+
+def prompt_rows(g: Geometry, packed: PackedExperts, gpu: bool) -> list[Row]:
+    """The experts of a prompt's chunk, every token with its own: decoded first, and by kernels on the codes."""
+    rows = []
+    for grouped, name in ((False, "decoded"), (True, "on codes")):
+        row: Row = {
+            "operator": f"moe of {PROMPT} tokens, {name}",
+            "bytes": g.distinct(PROMPT) * packed.bytes_per_expert,
+        }
+        if gpu:
+            ids = torch.rand(PROMPT, g.experts, device="cuda").topk(g.top_k).indices
+            x = torch.randn(PROMPT, g.hidden, device="cuda").bfloat16()
+            weights = torch.full(ids.shape, 1 / g.top_k, device="cuda")
+            row["us"] = microseconds(lambda: moe_many(x, ids, weights, packed, grouped=grouped))  # noqa: B023
+        rows.append(row)
+    return rows
 
 
 def sweep(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:

@@ -5,6 +5,9 @@ are decoded once a chunk (`decode_experts`: a Triton kernel on a GPU of compute 
 way of `unpack_experts` elsewhere), and torch multiplies the rows of each expert. The values are those of the codes;
 hidden activations and the experts' outputs are rounded to BF16, and the outputs of a token are added in float32,
 in the order of its `ids`. Nothing waits for the host: how many rows an expert has is known to the device alone.
+
+`grouped=True` gives the same sums by kernels that read the codes themselves (`moe_grouped_triton`). It is not the
+default, because no GPU has run it yet; `bench --only prompt` times both.
 """
 
 import torch
@@ -16,11 +19,15 @@ from .moe import PackedExperts, unpack_experts
 _VALUES = 1 << 27  # decoded at once: 256 MiB, which `mimo_qat.plan_runtime` counts
 
 
+def _on_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 @torch.no_grad()
 def decode_experts(experts: PackedExperts, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """BF16 (gate_up [n, 2I, H], gate rows first; down [n, H, I]) of the n experts `first`..`last` - 1."""
     words = experts.gate_up
-    if words.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(words.device)[0] >= 9:
+    if _on_hopper(words):
         from . import moe_many_triton
 
         return moe_many_triton.decode_experts(experts, first, last)
@@ -29,13 +36,19 @@ def decode_experts(experts: PackedExperts, first: int, last: int) -> tuple[torch
 
 
 @torch.no_grad()
-def moe_many(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+def moe_many(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, *, grouped: bool = False
+) -> torch.Tensor:
     """BF16 [T, H] of x BF16 [T, H], ids int64 [T, top_k] in [0, E) and weights float32 [T, top_k]; any T."""
     if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] != experts.hidden or ids.shape != weights.shape:
         raise ValueError(
             f"x {x.dtype} {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}: expected "
             f"torch.bfloat16 [T, {experts.hidden}] and twice [T, k]"
         )
+    if grouped and _on_hopper(x):
+        from . import moe_grouped_triton
+
+        return moe_grouped_triton.moe_grouped(x, ids, weights, experts)
     count, k = len(experts.down), ids.shape[1]
     chosen, order = ids.flatten().sort(stable=True)
     place = torch.empty_like(order)

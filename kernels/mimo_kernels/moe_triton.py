@@ -138,14 +138,11 @@ def _tokens(at, PTX: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    acc, W, S, X, row, k, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr
-):
-    """acc [BM, BN] + weights [row : row + BM, k : k + BK] @ tokens. W, S: one matrix; X: token n at X + n * K."""
+def _product(acc, W, S, X, row, k, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr):
+    """acc [BM, BN] + weights [row : row + BM, k : k + BK] @ tokens. W, S: one matrix; X [BN]: where tokens begin."""
     m = tl.arange(0, BM)
     q = tl.arange(0, BK // 4)
     g = tl.arange(0, BK // 32)
-    n = tl.arange(0, BN)
     words = W + (row // 16 * (4 * K) + k // 128 * 512)
     words = tl.load(words + (m // 16 * (4 * K) + m % 16 * 32)[:, None] + (q // 32 * 512 + q % 32)[None, :])
     scales = S + (row // 16 * (K // 2) + k // 128 * 64)
@@ -156,7 +153,7 @@ def _product(
         scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     scales = tl.broadcast_to(scales[:, :, None], (BM, BK // 32, 8)).reshape(BM, BK // 4)
     w0, w1, w2, w3 = _unpack(words, PTX)
-    x = X + k + (q // 32 * 128 + q % 32)[:, None] + n[None, :] * K
+    x = X[None, :] + (k + q // 32 * 128 + q % 32)[:, None]
     acc = tl.dot(_scaled(w0, scales, PTX), _tokens(x, PTX), acc)
     acc = tl.dot(_scaled(w1, scales, PTX), _tokens(x + 32, PTX), acc)
     acc = tl.dot(_scaled(w2, scales, PTX), _tokens(x + 64, PTX), acc)
@@ -182,8 +179,9 @@ def _gate_up_kernel(
         W += expert * (ROWS * K // 4)
         S += expert * (ROWS * K // 32)
         acc = tl.zeros((BM, BN), tl.float32)
+        tokens = X + tl.arange(0, BN) * K
         for k in range(0, K, BK):
-            acc = _product(acc, W, S, X, row, k, K, BM, BN, BK, PTX)
+            acc = _product(acc, W, S, tokens, row, k, K, BM, BK, PTX)
         # An MMA leaves rows r and r + 8 in one thread, so this split moves nothing.
         gate, up = tl.split(acc.reshape(BM // 16, 2, 8, BN).permute(0, 2, 3, 1))
         gate = gate.reshape(BM // 2, BN)
@@ -216,7 +214,7 @@ def _down_kernel(
         expert = tl.load(LIST + u).to(tl.int64)
         at, scales = W + expert * (ROWS * K // 4), S + expert * (ROWS * K // 32)
         part = tl.zeros((BM, BN), tl.float32)
-        part = _product(part, at, scales, HIDDEN + u * (BN * K), row, k, K, BM, BN, BK, PTX)
+        part = _product(part, at, scales, HIDDEN + u * (BN * K) + n * K, row, k, K, BM, BK, PTX)
         weight = tl.load(COMBINE + u * BN + n)[None, :]
         acc += tl.where(weight != 0, part * weight, 0.0)  # what is not routed may be inf
     part_id = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)

@@ -178,13 +178,14 @@ def test_decoded_experts_are_their_values(shape, generator):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["decoded", "on codes"])
 @pytest.mark.parametrize("tokens", [17, 129, 600])
-def test_many_tokens(tokens, generator, monkeypatch):
+def test_many_tokens(tokens, grouped, generator, monkeypatch):
     """In two groups of experts, with experts that nobody chose; the bits of two runs."""
     experts = random_experts(24, *FLASH_TP4, generator)
     packed = moe.pack_experts(experts)
     monkeypatch.setattr(moe_many, "_VALUES", 13 * 3 * 4096 * 512)
     for x, ids, weights in (random_tokens(tokens, 8, pool, 4096, generator) for pool in (24, 10)):
-        y = moe_many.moe_many(x, ids, weights, packed)
+        y, again = (moe_many.moe_many(x, ids, weights, packed, grouped=grouped) for _ in range(2))
         assert relative_error(y, x, ids, weights, experts) < 1e-2
-        assert torch.equal(y.view(torch.int16), moe_many.moe_many(x, ids, weights, packed).view(torch.int16))
+        assert torch.equal(y.view(torch.int16), again.view(torch.int16))
