@@ -209,8 +209,9 @@ def print_breakdown(found: dict[str, dict[str, Any]], ranks: int) -> None:
     """The breakdowns of several ways to decode, a line each for time, bytes and experts."""
     each = " a rank" if ranks > 1 else ""
     for way, b in found.items():
-        phases = " + ".join(f"{name} {ms:.2f}" for name, ms in b["phases_ms"].items())
-        print(f"{way} round: {b['round_ms']:.2f} ms; {phases} ms")
+        *phases, rest = b["phases_ms"].items()
+        said = " + ".join(f"{name} {ms:.2f}" for name, ms in phases)
+        print(f"{way} round: {b['round_ms']:.2f} ms; {said} ms, and {rest[1]:.2f} of the host where rounds wait for it")
         parts = " + ".join(f"{name} {size / 1e6:,.1f}" for name, size in b["bytes"].items())
         print(f"  reads{each} {parts} = {b['bytes_per_round'] / 1e6:,.1f} MB at context {b['context']:.0f}: "
               f"roofline {b['roofline_ms']:.2f} ms, {b['roofline']:.0%} of it reached")  # fmt: skip
@@ -230,13 +231,18 @@ def plot_breakdown(found: dict[str, dict[str, Any]], title: str, path: str) -> N
     for place, b in enumerate(found.values()):
         left = 0.0
         for i, phase in enumerate(PHASES):
-            label = phase if place == 0 else None
-            axes.barh(place, b["phases_ms"][phase], left=left, height=0.5, color=f"C{i}", label=label)
+            style = {"color": f"C{i}", "label": phase}
+            if phase == "rest":
+                style = {"facecolor": "none", "edgecolor": "gray", "hatch": "///", "label": "host, where a round waits"}
+            axes.barh(place, b["phases_ms"][phase], left=left, height=0.5, **style)
             left += b["phases_ms"][phase]
-        label = "roofline" if place == 0 else None
-        axes.plot([b["roofline_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2, label=label)
-    axes.set_yticks(range(len(found)), [f"{way}\n{b['rows']} rows" for way, b in found.items()])
+        ends = [place - 0.35, place + 0.35]
+        axes.plot([b["roofline_ms"]] * 2, ends, color="black", linewidth=2, label="roofline")
+        axes.plot([b["round_ms"]] * 2, ends, color="black", linewidth=2, linestyle=":", label="a round as timed")
+    axes.set_yticks(range(len(found)), [f"{way}\n{b['rows']} row{'s' * (b['rows'] > 1)}" for way, b in found.items()])
     axes.invert_yaxis()
     axes.set(xlabel="ms a round", title=title)
-    axes.legend(fontsize="small", frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize="small", frameon=False, bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
