@@ -231,7 +231,7 @@ def plot_breakdown(found: dict[str, dict[str, Any]], title: str, path: str) -> N
     for place, b in enumerate(found.values()):
         left = 0.0
         for i, phase in enumerate(PHASES):
-            style = {"color": f"C{i}", "label": phase}
+            style: dict[str, Any] = {"color": f"C{i}", "label": phase}
             if phase == "rest":
                 style = {"facecolor": "none", "edgecolor": "gray", "hatch": "///", "label": "host, where a round waits"}
             axes.barh(place, b["phases_ms"][phase], left=left, height=0.5, **style)

@@ -18,21 +18,20 @@ class RingCache:
     """The last `window` positions, plus the `block` rows of one verification that may all be rejected.
 
     Queries at start..start+block-1 need the keys start-window+1..start+block-1, so a capacity of window + block never
-    lets a rejected row overwrite a key that the next round still sees. `scratch` leading slots lie outside of the ring;
-    a drafter puts the keys of its own block there, which live for one call.
+    lets a rejected row overwrite a key that the next round still sees. So it is with the keys of a drafter's own block.
 
     A call whose position is a tensor reads all slots, unless `reach` says that it ends before that position.
     """
 
-    def __init__(self, shape: tuple[int, int, int], capacity: int, window: int | None, *, block: int, scratch=0, **kw):
+    def __init__(self, shape: tuple[int, int, int], capacity: int, window: int | None, *, block: int, **kw):
         """`shape` is (G, K, V); `window` counts the query's own position, None means all; `kw` is dtype and device."""
         heads, k_dim, v_dim = shape
         assert window is None or capacity >= window + block
-        self.capacity, self.window, self.block, self.scratch = capacity, window, block, scratch
+        self.capacity, self.window, self.block = capacity, window, block
         self.reach = capacity
         # Zeros, not garbage: a masked key has weight zero, and zero times NaN is not zero.
-        self.k = torch.zeros(heads, scratch + capacity, k_dim, **kw)
-        self.v = torch.zeros(heads, scratch + capacity, v_dim, **kw)
+        self.k = torch.zeros(heads, capacity, k_dim, **kw)
+        self.v = torch.zeros(heads, capacity, v_dim, **kw)
 
     def write(self, k: torch.Tensor, v: torch.Tensor, start: Position) -> None:
         """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay."""
@@ -47,12 +46,12 @@ class RingCache:
         first = start % self.capacity
         fit = min(k.shape[1], self.capacity - first)
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[:, self.scratch + first : self.scratch + first + fit] = new[:, :fit]
-            cache[:, self.scratch : self.scratch + new.shape[1] - fit] = new[:, fit:]
+            cache[:, first : first + fit] = new[:, :fit]
+            cache[:, : new.shape[1] - fit] = new[:, fit:]
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where rows at `positions` live; the same for all caches of one `scratch` and `capacity`."""
-        return self.scratch + positions % self.capacity
+        """Where rows at `positions` live; the same for all caches of one `capacity`."""
+        return positions % self.capacity
 
     def keep(self, held: torch.Tensor, place: torch.Tensor) -> None:
         """Moves what is in the slots `held` [A] to the slots `place` [A], as if all at once."""
@@ -60,8 +59,8 @@ class RingCache:
         self.v.index_copy_(1, place, self.v.index_select(1, held))
 
     def ring(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All slots of the ring, keys [G, S, K] and values [G, S, V], as `mimo_kernels.attention` takes them."""
-        return self.k[:, self.scratch :], self.v[:, self.scratch :]
+        """All slots, keys [G, S, K] and values [G, S, V], as `mimo_kernels.attention` takes them."""
+        return self.k, self.v
 
     def used(self, end: Position) -> int:
         """How many ring slots a call that ends before position `end` reads."""
@@ -82,10 +81,10 @@ class RingCache:
         rows = len(k)
         if self._fits(rows):
             self.write(k, v, start)
-            used = self.scratch + self.used(start + rows)
-            return self.k[:, self.scratch : used], self.v[:, self.scratch : used]
+            used = self.used(start + rows)
+            return self.k[:, :used], self.v[:, :used]
         assert isinstance(start, int)
-        older = self.scratch + self._older(start) % self.capacity
+        older = self._older(start) % self.capacity
         keys = torch.cat((self.k[:, older], k.transpose(0, 1)), dim=1)
         values = torch.cat((self.v[:, older], v.transpose(0, 1)), dim=1)
         self.write(k, v, start)
@@ -114,14 +113,8 @@ class LinearCache(RingCache):
         super().__init__(shape, -(-max_len // BUCKET) * BUCKET, None, block=0, **kw)
 
 
-def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None, end: Position | None = None) -> torch.Tensor:
-    """Additive float32 mask [T, S]: 0 where query q sees key k, -inf elsewhere.
-
-    A key is seen iff 0 <= k <= q and, in a window, q - k < window. With `end`, keys at or after it are hidden instead
-    of those after the query: the context of a drafter, whose queries all lie beyond it.
-    """
+def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool [T, S]: query q sees key k iff 0 <= k <= q and, in a window, q - k < window."""
     q, k = q_pos[:, None], k_pos[None, :]
-    seen = (k >= 0) & (k <= q if end is None else (k < end).expand(len(q), -1))
-    if window is not None:
-        seen = seen & (q - k < window)
-    return torch.zeros(seen.shape, device=q_pos.device).masked_fill_(~seen, float("-inf"))
+    seen = (k >= 0) & (k <= q)
+    return seen if window is None else seen & (q - k < window)

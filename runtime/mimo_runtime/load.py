@@ -185,7 +185,7 @@ class Progress:
 @dataclass(frozen=True)
 class LoadConfig:
     """Where weights go and in which form; `rtn` names the scale rule that snaps BF16 experts to MXFP4; `experts` says
-    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, `attention` whether a target's few rows
+    whether MXFP4 experts stay codes, for the kernels of `mimo_kernels.moe`, `attention` whether few rows
     take those of `mimo_kernels.attention`, `linears` whether FP8 matrices stay codes and few rows are multiplied by
     `mimo_kernels.linear`, `fusions` whether what lies between is a few kernels; `ranks` says whose share is read."""
 
@@ -205,7 +205,7 @@ class LoadConfig:
         return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
     def attends(self, g: LayerGeometry) -> bool:
-        """Whether the attention of such a target layer is a kernel's work; ValueError where it cannot be."""
+        """Whether the attention of such a layer is a kernel's work; ValueError where it cannot be."""
         possible = self.dtype == torch.bfloat16 and fits(g.head_dim, g.v_head_dim)
         if self.attention == "kernel" and not possible:
             raise ValueError(

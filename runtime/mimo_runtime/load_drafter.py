@@ -120,6 +120,7 @@ def _draft_layer(weights: dict[str, torch.Tensor], d: DraftGeometry, at: str, cf
         sink=weights[at + "self_attn.attention_sink_bias"].float() if d.sinks else None,
         q_norm=weights[at + "self_attn.q_norm"],
         k_norm=weights[at + "self_attn.k_norm"],
+        kernel=cfg.attends(_draft_geometry(d)),
         fused=cfg.splits(_draft_geometry(d)),
     )
     mlp = Mlp(stacked("mlp.gate_proj", "mlp.up_proj"), cfg.weight(weights[at + "mlp.down_proj"]))

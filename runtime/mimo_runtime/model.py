@@ -23,7 +23,7 @@ from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
-from mimo_runtime.load import Attention, Conv, Drafter, Layer, Mlp, Moe, PlainExperts, Target
+from mimo_runtime.load import Attention, Conv, Drafter, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.norms import add_norm, rms_norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.weights import KernelWeight, Weight, rows_from
@@ -196,13 +196,15 @@ class Rows:
         """What these rows see of the keys that `cache.extend` returned for them."""
         if cache.window not in self._memo:
             keys = cache.extended(self.start, self.count)
-            if self.ancestors is None:
-                mask = visible(self.positions, keys, cache.window)
-            else:
-                new, row = keys >= self.start, (keys - self.start).clamp(0, self.count - 1)
-                mask = visible(self.positions, torch.where(new, self.positions[row], keys), cache.window)
-                mask = mask.masked_fill_(new & ~self.ancestors[:, row], float("-inf"))
-            self._memo[cache.window] = mask
+            seen = visible(self.positions, keys, cache.window)
+            if self.ancestors is not None:
+                row = (keys - self.start).clamp(0, self.count - 1)
+                named = self.ancestors[:, row]
+                if cache.window is not None:
+                    named = named & (self.positions[:, None] - self.positions[row] < cache.window)
+                seen = torch.where(keys >= self.start, named, seen)
+            mask = torch.zeros(seen.shape, device=seen.device)
+            self._memo[cache.window] = mask.masked_fill_(~seen, float("-inf"))
         return self._memo[cache.window]
 
 
@@ -235,12 +237,12 @@ def stored_heads(
     x: torch.Tensor,
     rows: Rows,
     slots: tuple[torch.Tensor, torch.Tensor],
-    start: torch.Tensor | None,
+    start: torch.Tensor,
     count: int,
     queries: bool = True,
 ) -> torch.Tensor:
     """The queries [T, N, K] of x [T, H]; keys and values of its first `count` rows go into `slots` [G, S, K] and
-    [G, S, V], at (start + row) % S, or at the row's own number where `start` is None."""
+    [G, S, V], at (start + row) % S."""
     if w.fused and len(x) <= head_kernels.MAX_ROWS:
         cos, sin = (t[:, 0] for t in rows.rotation(w.geometry.rope_theta, w.geometry.rotary_dim))
         qkv = linear(x, w.qkv if queries else rows_from(w.qkv, w.geometry.heads * w.geometry.head_dim))
@@ -251,17 +253,15 @@ def stored_heads(
             qkv, cos, sin, *slots, start, count=count, value_scale=w.value_scale, norms=norms
         )
     q, k, v = project(w, x, rows, queries)
-    place = torch.arange(count, device=x.device)
-    if start is not None:
-        place = (start + place) % slots[0].shape[1]
+    place = (start + torch.arange(count, device=x.device)) % slots[0].shape[1]
     for cache, new in zip(slots, (k, v), strict=True):
         cache.index_copy_(1, place, new[:count].transpose(0, 1))
     return q
 
 
 def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks: Ranks) -> torch.Tensor:
-    """A rank's part of the causal attention of a target layer; padding rows (beyond `rows.count`) are computed and
-    never stored."""
+    """A rank's part of the attention of a layer over its cache, which gets the rows; padding (beyond `rows.count`) is
+    computed and never stored."""
     ranks.record(x)
     scale = w.geometry.head_dim**-0.5
     few = rows.count <= attention_kernels.MAX_ROWS and (rows.tree is None or rows.count <= (w.window or rows.count))
@@ -357,10 +357,9 @@ def keep_rows(caches: Sequence[RingCache], path: torch.Tensor, start: Position) 
     """
     own, slots = torch.arange(len(path), device=path.device), {}
     for cache in caches:
-        kind = cache.scratch, cache.capacity
-        if kind not in slots:
-            slots[kind] = cache.slots(path + start), cache.slots(own + start)
-        cache.keep(*slots[kind])
+        if cache.capacity not in slots:
+            slots[cache.capacity] = cache.slots(path + start), cache.slots(own + start)
+        cache.keep(*slots[cache.capacity])
 
 
 def block_conv(x: torch.Tensor, base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -388,21 +387,17 @@ def draft_forward(
     """(hidden rows [B-1, H], logits [B-1, vocabulary] float32) of the B-1 tokens after `anchor` [1] at `start`.
 
     The block is [anchor, MASK x (B-1)]; it sees the committed context (positions < start, inside the window that each
-    query counts from itself) and itself. Its own keys live in the scratch slots of the caches, for this call.
+    query counts from itself) and itself: a tree in which every row is everybody's ancestor. What it leaves in the
+    caches is behind the committed length, and overwritten by the context of the tokens that are accepted.
     """
-    block = caches[0].scratch
-    ranks = drafter.ranks
+    block, ranks = drafter.block, drafter.ranks
     x = torch.cat((embed(target, anchor), drafter.mask_embedding.expand(block - 1, -1)))
-    rows = Rows(start, block, x)
-    mask = visible(rows.positions, caches[0].positions(start), caches[0].window, end=start)
-    own = torch.zeros(block, block, device=x.device)
-    if drafter.causal:
-        own = own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu_(1), float("-inf"))
-    mask = torch.cat((own, mask), dim=-1)
+    every = torch.arange(block, device=x.device), torch.ones(block, block, dtype=torch.bool, device=x.device)
+    rows = Rows(start, block, x, None if drafter.causal else every)
     update = None
     for layer, cache in zip(drafter.layers, caches, strict=True):
         x, normed = add_norm(x, update, layer.input_norm)
-        attend_block = partial(draft_attention, layer, cache, rows=rows, mask=mask, ranks=ranks)
+        attend_block = partial(draft_attention, layer.attention, cache, rows=rows, ranks=ranks)
         x, normed = add_norm(x, convolved(layer.attention_conv, normed, attend_block), layer.post_norm)
         update = convolved(layer.mlp_conv, normed, partial(draft_mlp, layer.mlp, ranks=ranks))
     x, hidden = add_norm(x, update, drafter.norm)
@@ -411,15 +406,9 @@ def draft_forward(
     return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
 
 
-def draft_attention(
-    layer: Layer, cache: RingCache, x: torch.Tensor, rows: Rows, mask: torch.Tensor, ranks: Ranks
-) -> torch.Tensor:
-    """Attention of a drafter's block over [its own keys | the context ring], mask [B, B + S]."""
-    w, used = layer.attention, mask.shape[1]
-    ranks.record(x)
-    q = stored_heads(w, x, rows, (cache.k[:, : cache.scratch], cache.v[:, : cache.scratch]), None, len(x))
-    out = attend(q, cache.k[:, :used], cache.v[:, :used], mask, w.geometry.head_dim**-0.5, w.sink)
-    return ranks.sum(linear(out, w.o))
+def draft_attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks: Ranks) -> torch.Tensor:
+    """The attention of a drafter's layer, of all ranks together."""
+    return ranks.sum(attention(w, cache, x, rows, ranks))
 
 
 def draft_mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -443,9 +432,9 @@ def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:
 
 
 def new_draft_caches(drafter: Drafter, max_len: int) -> list[RingCache]:
-    """Context caches of the drafter, with scratch slots for one block."""
+    """Caches of the drafter's context, with room for one block behind it."""
     like = drafter.mask_embedding
-    kw = {"dtype": like.dtype, "device": like.device, "scratch": drafter.block}
+    kw = {"dtype": like.dtype, "device": like.device}
     caches: list[RingCache] = []
     for layer in drafter.layers:
         g, window = layer.attention.geometry, layer.attention.window

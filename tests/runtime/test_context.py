@@ -26,7 +26,7 @@ def filled(engine: SyntheticEngine) -> list[tuple[torch.Tensor, torch.Tensor, to
     for cache in [*engine.caches, *engine.draft_caches]:
         positions = cache.positions(CONTEXT - 1)
         order = positions.argsort()[-min(len(positions), CONTEXT - 1) :]
-        out.append((positions[order], cache.k[:, cache.scratch + order], cache.v[:, cache.scratch + order]))
+        out.append((positions[order], cache.k[:, order], cache.v[:, order]))
     return out
 
 

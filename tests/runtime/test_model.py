@@ -11,6 +11,7 @@ from mimo_runtime.engine import Engine, EngineConfig
 from mimo_runtime.load import LoadConfig, load_target
 from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (
+    Rows,
     draft_context,
     draft_forward,
     every_expert,
@@ -155,10 +156,22 @@ def test_all_experts_at_once_equal_the_loop(reference):
 
 
 def test_visible_keys_by_hand():
-    see = visible(torch.tensor([5, 6]), torch.tensor([-1, 2, 3, 4, 5, 6]), 3) == 0
+    see = visible(torch.tensor([5, 6]), torch.tensor([-1, 2, 3, 4, 5, 6]), 3)
     assert see.tolist() == [[False, False, True, True, True, False], [False, False, False, True, True, True]]
-    context = visible(torch.tensor([5, 6]), torch.tensor([-1, 2, 3, 4, 5]), 3, end=5) == 0
-    assert context.tolist() == [[False, False, True, True, False], [False, False, False, True, False]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_of_a_drafter_sees_its_context_and_itself(causal):
+    """Rows 5 to 7, window 4, a ring of 7 slots: 5, 6 and 0 hold the block, 1 to 4 the end of the context."""
+    ring, start = RingCache((1, 1, 1), 7, 4, block=3), torch.tensor(5)
+    every = torch.arange(3), torch.ones(3, 3, dtype=torch.bool)
+    seen = Rows(start, 3, torch.zeros(3, 1), None if causal else every).mask(ring) == 0
+    positions = ring.extended(start, 3).tolist()
+    assert positions == [7, 1, 2, 3, 4, 5, 6]
+    for q, row in zip((5, 6, 7), seen.tolist(), strict=True):
+        context = set(range(q - 3, 5))
+        block = {k for k in (5, 6, 7) if not causal or k <= q}
+        assert {k for k, s in zip(positions, row, strict=True) if s} == context | block
 
 
 def test_a_ring_knows_what_its_slots_hold():
