@@ -116,9 +116,10 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flash", help="flash, pro or a config.json")
-    parser.add_argument("--layers", type=int, help="the first so many layers; without it as many as --gb needs")
-    parser.add_argument("--gb", type=float, help="least size of the release; all layers without it")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the release to; deleted at the end")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--layers", type=int, help="write the first so many layers")
+    size.add_argument("--gb", type=float, help="write as many layers as make a release of so many GB; all without both")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the release; deleted at the end")
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     parser.add_argument("--ranks", type=int, default=1, help="load the share of rank 0 of so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -130,6 +131,8 @@ def main() -> int:
         print(json.dumps(load(options.out, options.ranks, options.device)))
         return 0
     config = sized(options.model, options.layers, options.gb)
+    if options.out.exists():
+        parser.error(f"{options.out} exists, and --out is deleted at the end; give a folder that does not exist")
     options.out.mkdir(parents=True)
     try:
         document = measure(options, config)

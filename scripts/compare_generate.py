@@ -103,17 +103,19 @@ def runtime_arm(engine: Engine, speculate: bool, new: int) -> Arm:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("release")
+    parser.add_argument("release", help="folder that mimo-runtime decodes")
     parser.add_argument("--reference", required=True, help="BF16 folder that the release was made of")
     parser.add_argument("--prompts", help=".jsonl file; the bundled prompts without it")
-    parser.add_argument("--limit", type=int, default=6)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--max_len", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=6, help="how many of the prompts, evenly spread")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a prompt, at least 2")
+    parser.add_argument("--max_len", type=int, default=1024, help="longest prompt and output together, in tokens")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cuda_graphs", action="store_true")
+    parser.add_argument("--cuda_graphs", action="store_true", help="mimo-runtime replays rounds as graphs")
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args()
+    if options.max_new_tokens < 2:
+        parser.error(f"max_new_tokens is {options.max_new_tokens}; give 2 or more, the first one is the prefill's")
     cfg = EngineConfig(
         device=options.device, dtype=options.dtype, max_len=options.max_len, cuda_graphs=options.cuda_graphs
     )

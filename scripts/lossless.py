@@ -53,15 +53,16 @@ def records(document: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> int:
     """Runs every prompt in every way; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
+    parser.add_argument("folder", help="release with its drafter in dflash/")
     parser.add_argument("--prompts", help=".jsonl file; the bundled prompts without it")
     parser.add_argument("--limit", type=int, default=20, help="how many of the prompts, evenly spread")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to generate for each prompt")
+    parser.add_argument("--max_len", type=int, default=1024, help="longest prompt and output together, in tokens")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--cuda_graphs", action="store_true", help="on a GPU: replay rounds as graphs")
     parser.add_argument("--out", help="JSON file to write the figures to, as records")
     options = parser.parse_args()
-    cfg = EngineConfig(dtype=options.dtype, max_len=1024, cuda_graphs=options.cuda_graphs)
+    cfg = EngineConfig(dtype=options.dtype, max_len=options.max_len, cuda_graphs=options.cuda_graphs)
     engine, noisy = Engine(options.folder, cfg), Engine(options.folder, cfg)  # graphs keep the drafter they began with
     if noisy.drafter is None:
         parser.error(f"{options.folder} has no drafter; give a release with dflash/")

@@ -59,7 +59,7 @@ def grown(growth: dict[str, int]) -> list[str]:
 
 
 def soak(engine: Soaked, rounds: int, seed: int) -> dict[str, Any]:
-    """Plays at least so many rounds; what is found holds for all ranks, growth is that of the worst one."""
+    """Plays at least so many rounds and two sequences; what is found holds for all ranks, growth is the worst one's."""
     vocab_size, most = engine.target.geometry.vocab_size, engine.cfg.max_len - PROMPT_TOKENS
     prompts, sampling = random_prompts(vocab_size, PROMPT_TOKENS, PROMPTS, seed), SamplingConfig(max_new_tokens=most)
     generator = torch.Generator().manual_seed(seed)
@@ -75,9 +75,10 @@ def soak(engine: Soaked, rounds: int, seed: int) -> dict[str, Any]:
         same += out.tokens == engine.truths[tuple(prompt)]
         marks = engine.ranks.gather(checksum(torch.tensor(out.tokens, device=engine.device))[None])
         equal = len(set(marks.tolist())) == 1
-        if played >= rounds or not equal or (not samples and 10 * played >= rounds):
+        ended = not equal or (played >= rounds and bool(samples))
+        if ended or (not samples and 10 * played >= rounds):
             samples.append((played, memory(engine.device)))
-        if played >= rounds or not equal:
+        if ended:
             break
     (_, first), (_, last) = samples[0], samples[-1]
     growth = torch.tensor([last[name] - first[name] for name in first], device=engine.device)
@@ -98,14 +99,18 @@ def main() -> int:
     parser.add_argument("--synthetic", required=True, help="flash, pro or a config.json")
     parser.add_argument("--layers", type=int, help="the first so many layers alone")
     parser.add_argument("--ranks", type=int, default=1, help="in one process: the share of one of so many ranks")
-    parser.add_argument("--rounds", type=int, default=10_000)
-    parser.add_argument("--max_len", type=int, default=1024)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=10_000, help="at least so many, and two sequences")
+    parser.add_argument("--max_len", type=int, default=1024, help="tokens of a sequence; the caches are this long")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--collectives", choices=("auto", "nccl", "symmetric"), default="nccl")
     parser.add_argument("--cuda_graphs", action="store_true", help="replay graphs; ranks then compare sequences alone")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.max_len < PROMPT_TOKENS + 2:
+        parser.error(
+            f"max_len is {options.max_len}; give {PROMPT_TOKENS + 2} or more, prompts have {PROMPT_TOKENS} tokens"
+        )
     settings = {k: v for k, v in vars(options).items() if k != "rounds"}
     cfg = BenchConfig(**settings, uniform_routing=True, check_ranks=not options.cuda_graphs)
     config = model_config(options.synthetic, options.layers)

@@ -236,13 +236,15 @@ def attention(
     head, tail = split_head(k_dim, v_dim)
     config = config or config_for(tokens * heads // groups, groups, slots)
     q, keys, values = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, keys, values))
-    depths, ancestors = (start, start) if tree is None else (tree[0], tree[1].contiguous().view(torch.uint8))
+    depths, ancestors = (
+        (start, start) if tree is None else (tree[0].contiguous(), tree[1].contiguous().view(torch.uint8))
+    )
     out = torch.empty(tokens, heads, v_dim, dtype=q.dtype, device=q.device)
     parts, stats = out, out
     if config.splits > 1:
         parts = torch.empty(config.splits, *out.shape, dtype=torch.float32, device=q.device)
         stats = torch.empty(2, config.splits, tokens, heads, dtype=torch.float32, device=q.device)
-    sinks = start if sink is None else sink
+    sinks = start if sink is None else sink.contiguous()
     with torch.cuda.device_of(q):
         _attend_kernel[(config.splits, groups, triton.cdiv(tokens * heads // groups, config.rows))](
             parts, stats, q, keys, values, start, sinks, depths, ancestors,

@@ -132,13 +132,14 @@ def route(
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     placed = bias.ndim == 2
+    at = positions.contiguous() if placed and positions is not None else ids  # not read where there is one bias
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(experts, config.experts), slices)](
             parts, x, router, rows, experts, hidden, config.experts, config.columns, _GROUP,
             **dependent(x), num_warps=1,
         )  # fmt: skip
         _choose_kernel[(rows,)](
-            weights, ids, parts, bias, positions if placed else ids, rows, len(bias) if placed else 1, scaling,
+            weights, ids, parts, bias, at, rows, len(bias) if placed else 1, scaling,
             experts, triton.next_power_of_2(experts), slices, top_k, triton.next_power_of_2(top_k), normalise, placed,
             **dependent(x), num_warps=1,
         )  # fmt: skip

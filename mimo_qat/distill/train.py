@@ -151,9 +151,10 @@ class Distiller:
     @torch.no_grad()
     def target_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The target's taps [B, S, T*D] of a batch, and its final hidden states [B, S, D] if some loss needs them; with
-        `cuda_graphs` in memory that the next call overwrites."""
+        `cuda_graphs` in memory that the next whole batch overwrites."""
         inputs = batch["input_ids"], batch["position_ids"], batch["doc_ids"]
-        if not self.config.cuda_graphs:
+        whole = len(inputs[0]) == self.config.per_device_train_batch_size  # the last rows of an evaluation may be fewer
+        if not self.config.cuda_graphs or not whole:
             return self._target_states(*inputs)
         self.graph = self.graph or Graph(self._target_states, inputs)
         return self.graph(*inputs)

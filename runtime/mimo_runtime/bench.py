@@ -74,7 +74,7 @@ def compare(engine: Engine, prompt: list[int], plain: list[int], drafted: list[i
     at = next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=False)) if a != b), None)
     if at is None:
         return {"identical": len(plain) == len(drafted), "near_tie": len(plain) == len(drafted)}
-    top = engine.logits(prompt + plain[:at])[-1].topk(2).values
+    top = engine.last_logits(prompt + plain[:at]).topk(2).values
     gap = float(top[0] - top[1])
     return {"identical": False, "at": at, "gap": gap, "near_tie": gap < NEAR_TIE[engine.cfg.dtype]}
 

@@ -80,8 +80,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; generate at least 1 token")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+        if self.temperature != 0 and not 1e-5 < self.temperature < float("inf"):  # below, scaled logits overflow
+            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a number above 1e-5")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; use 0 for all tokens or a positive number")
         if not 0 < self.top_p <= 1:

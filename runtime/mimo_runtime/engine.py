@@ -110,6 +110,7 @@ class Engine:
         """
         cfg = cfg or EngineConfig()
         folder = Path(folder)
+        _check_settings(cfg)
         device = place(cfg.device)
         self.ranks = self._connect(device, cfg)
         kernels = {name: getattr(cfg, name) for name in KERNELS}
@@ -129,8 +130,6 @@ class Engine:
             raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
         self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
-        if cfg.rounds_ahead < 1:
-            raise ValueError(f"rounds_ahead is {cfg.rounds_ahead}; use 1, or more to keep a GPU busy")
         if cfg.cuda_graphs:
             self._check_graphs(max(self.block, cfg.tree_budget + 1))
         self.state = State(self.target.geometry.vocab_size, cfg.max_len, self.block, self.device)
@@ -325,6 +324,12 @@ class Engine:
         return decode(verify, propose, job.first, job.start, job.room, sampler, stops, commit)
 
     @torch.inference_mode()
+    def last_logits(self, ids: list[int]) -> torch.Tensor:
+        """Float32 logits [vocabulary] of the last position."""
+        self._check(ids, None)
+        return self._prefill(ids, None)[0]
+
+    @torch.inference_mode()
     def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:
         """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once; without the rows of
         positions that the caches have anyway (`_held`)."""
@@ -425,8 +430,6 @@ class Engine:
         return torch.tensor(ids, device=self.device)
 
     def _check_graphs(self, most_rows: int) -> None:
-        if self.cfg.check_ranks:
-            raise ValueError("check_ranks looks between the steps of a pass, which cuda_graphs replays; leave one out")
         moes = [layer.mlp for layer in self.target.layers if isinstance(layer.mlp, Moe)]
         if self.device.type != "cuda":
             raise ValueError("cuda_graphs needs a GPU; leave it out on a CPU")
@@ -452,3 +455,19 @@ class Engine:
         bad = next((i for i in ids if not 0 <= i < self.target.geometry.vocab_size), None)
         if bad is not None:
             raise ValueError(f"token id {bad} is outside of the vocabulary; use the tokenizer of this checkpoint")
+
+
+def _check_settings(cfg: EngineConfig) -> None:
+    """ValueError for what can be seen before a model is read, which may take minutes."""
+    if cfg.max_len < 2:
+        raise ValueError(f"max_len is {cfg.max_len}; give at least 2, a prompt and a new token")
+    if cfg.prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk is {cfg.prefill_chunk}; give at least 1")
+    if cfg.rank_timeout <= 0:
+        raise ValueError(f"rank_timeout is {cfg.rank_timeout}; give the seconds after which a rank is late")
+    if cfg.rounds_ahead < 1:
+        raise ValueError(f"rounds_ahead is {cfg.rounds_ahead}; use 1, or more to keep a GPU busy")
+    if cfg.tree_adaptive and not cfg.tree_budget:
+        raise ValueError("tree_adaptive cuts trees, and tree_budget is 0; give a tree_budget, or leave it out")
+    if cfg.cuda_graphs and cfg.check_ranks:
+        raise ValueError("check_ranks looks between the steps of a pass, which cuda_graphs replays; leave one out")

@@ -373,7 +373,8 @@ def stop_tokens(folder: Path, config: dict) -> tuple[int, ...]:
     """End-of-text ids: those of generation_config.json if it has them, else of config.json."""
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
-    ids = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = generation.get("eos_token_id")
+    ids = config.get("eos_token_id") if ids is None else ids
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 

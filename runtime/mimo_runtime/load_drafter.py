@@ -33,11 +33,10 @@ def drafter_of(
     _check_pair(d, target.geometry)
     sizes = {"intermediate_size": (d.intermediate_size, 1), "hidden_size": (d.hidden_size, 1)}
     check_shares("this drafter", [_draft_geometry(d)], sizes, cfg.ranks.size)
-    weights = {}
+    bar, weights = Progress("loading drafter", 1, cfg), {}
     for name, t in tensors.items():
         base = name.removesuffix(".weight")
         weights[base] = _draft_share(base, t, d, cfg.ranks).to(cfg.device, cfg.dtype, copy=True).contiguous()
-    bar = Progress("loading drafter", 1, cfg)
     bar.advance(*weights.values())
     return Drafter(
         taps=d.target_layer_ids,

@@ -103,7 +103,7 @@ class Group(Ranks):
         return total.to(x.dtype)
 
     def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        if part is None or not norm.fuses(x):
+        if part is None or not norm.fuses(x) or self.size > residual.MAX_RANKS:
             return super().add_norm(x, part, norm)
         return residual.add_rms_norm(x, self._all(part), norm.weight, norm.eps)
 

@@ -198,5 +198,5 @@ class Rounds:
             self.graphs[kind] = Graph(partial(step, None), (), pool)
             if len(self.graphs) > MOST_GRAPHS:  # the capture has waited for the device: no replay of it is under way
                 del self.graphs[next(iter(self.graphs))]
-        graph = self.graphs[kind]
+        graph = self.graphs[kind] = self.graphs.pop(kind)  # now the last that would go
         return lambda bound: graph()

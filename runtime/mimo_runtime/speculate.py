@@ -160,10 +160,10 @@ def decode(
     """Yields rounds of trees until a stop token or `budget` tokens; `anchor` is the last committed token, at `start`.
 
     The host grows trees and walks them, where their size or their drafts are its business; all else is left to the
-    device, see `rounds`. A round verifies [anchor,
-    drafts...] in one target call. A row at depth d gives the target's own token at position start + d + 1 after the
-    row's prefix; the walk goes down while a child is that token, and the first that no child is ends it. All nodes of
-    a depth share one position, hence one noise: the text is that of plain decoding.
+    device, see `rounds`. A round verifies [anchor, drafts...] in one target call. A row at depth d gives the target's
+    own token at position start + d + 1 after the row's prefix; the walk goes down while a child is that token, and the
+    first that no child is ends it. All nodes of a depth share one position, hence one noise: the text is that of plain
+    decoding.
     """
     stopped = False
     while budget > 0 and not stopped:

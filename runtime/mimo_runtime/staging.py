@@ -9,7 +9,7 @@ stream needs no wait, and packing one layer goes on while the next one is read.
 import os
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,12 +66,18 @@ class StagedCheckpoint(Checkpoint):
     def read(self, parts: Iterable[Part]) -> None:
         cuda = torch.device(self.device).type == "cuda"
         stream = torch.cuda.current_stream(self.device) if cuda else None
-        tasks = [self._pool.submit(self._take, pieces, stream) for pieces in _grouped(self._cut(p) for p in parts)]
-        for task in tasks:
-            task.result()
+        tasks: list[Future[None]] = []
+        try:
+            for pieces in _grouped(self._cut(p) for p in parts):
+                tasks.append(self._pool.submit(self._take, pieces, stream))
+            for task in tasks:
+                task.result()
+        finally:  # after an error nobody waits for what was not begun
+            for task in tasks:
+                task.cancel()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
         super().close()
 
     def _cut(self, part: Part) -> list[Piece]:
@@ -91,6 +97,7 @@ class StagedCheckpoint(Checkpoint):
             for i, p in zip(starts, pieces, strict=True)
         ]
 
+    @torch.inference_mode()  # which threads do not inherit: `out` may have been made in it, and may be written in it
     def _take(self, pieces: list[Piece], stream: torch.cuda.Stream | None) -> None:
         """Reads the pieces that one buffer holds and, on a GPU, enqueues their copies."""
         if stream is None:

@@ -159,7 +159,7 @@ def test_refusals():
 
 @outside
 def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, 56)
+    pass_in_the_interpreter(__file__, 57)
 
 
 @pytest.fixture
@@ -229,6 +229,14 @@ def test_trees_and_head_sizes(kernels, k_dim, v_dim, window):
                 sink=case[3],
                 tree=(depths.int(), ancestors.T.contiguous().T),
             )
+
+
+@inside
+def test_sinks_and_depths_of_any_stride(kernels):
+    q, keys, values, sink = random_case(3, 7, 4, 2, 48)
+    depths, ancestors = random_tree(3, 7)
+    strided = torch.stack((depths, depths * 0 + 9), 1)[:, 0], ancestors
+    both(kernels, (q, keys, values, sink), 20, 1, sink=torch.stack((sink, sink + 5), 1)[:, 0], tree=strided)
 
 
 @inside

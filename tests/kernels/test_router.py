@@ -104,7 +104,7 @@ def test_refusals():
 
 @outside
 def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, 41)
+    pass_in_the_interpreter(__file__, 42)
 
 
 @pytest.fixture
@@ -133,6 +133,16 @@ def test_a_bias_for_each_position(kernels, dtype):
     bias, positions = torch.randn(5, 33), torch.tensor([0, 4, 5, 6, 1003, 2**31 - 1], dtype=dtype)
     kw = {"normalise": True, "scaling": 1.0, "positions": positions}
     check(kernels.route(x, weight, bias, 4, **kw), x, weight, bias, **kw)
+
+
+@inside
+def test_positions_of_any_stride(kernels, assert_same_bits):
+    x, weight, _ = random_case(0, 6, 33, 72)
+    bias, positions = torch.randn(5, 33), torch.arange(12)
+    weights, ids = kernels.route(x, weight, bias, 4, normalise=True, positions=positions[::2])
+    expected, chosen = kernels.route(x, weight, bias, 4, normalise=True, positions=positions[::2].clone())
+    assert_same_bits(weights, expected)
+    assert torch.equal(ids, chosen)
 
 
 @inside

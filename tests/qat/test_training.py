@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,29 @@ def test_the_last_steps_take_the_finishing_loss(tmp_path):
 def test_a_cpu_replays_no_graph(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
         distiller(tiny_model, tmp_path, cuda_graphs=True)
+
+
+def test_a_graph_has_one_shape_and_the_last_rows_of_an_evaluation_are_launched(tiny_model, tmp_path, monkeypatch):
+    """Rows that are no multiple of a batch: their last one alone would be copied into all rows of the graph."""
+    made = []
+
+    class Graph:
+        def __init__(self, function, inputs):
+            self.function, self.shape = function, inputs[0].shape
+            made.append(self)
+
+        def __call__(self, *inputs):
+            assert inputs[0].shape == self.shape
+            return self.function(*inputs)
+
+    monkeypatch.setattr("mimo_qat.distill.train.Graph", Graph)
+    run = distiller(tiny_model, tmp_path, packed_rows(5), per_device_train_batch_size=2)
+    expected = run.target_states(run.rows)[0]
+    run.config = replace(run.config, cuda_graphs=True)
+    for start in (4, 0, 2, 4):  # as an evaluation may come first
+        some = {name: values[start : start + 2] for name, values in run.rows.items()}
+        assert (run.target_states(some)[0] - expected[start : start + 2]).abs().max() < 1e-4
+    assert [graph.shape[0] for graph in made] == [2]
 
 
 @pytest.mark.parametrize("finish", ["tv", "e2e-tv"])

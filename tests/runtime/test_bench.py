@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mimo_qat.card import read_results
-from mimo_runtime.bench import acceptance, forced_drafts, measure, whole_rounds
+from mimo_runtime import model
+from mimo_runtime.bench import acceptance, compare, forced_drafts, measure, whole_rounds
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine, Generation
@@ -83,6 +84,21 @@ def test_comparison_does_not_depend_on_its_chunks():
         got["kl"], torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     )
     torch.testing.assert_close(got["nll"], torch.nn.functional.cross_entropy(logits[1, :-1], ids[1:], reduction="none"))
+
+
+def test_a_comparison_holds_the_logits_of_one_row(reference, monkeypatch):
+    """Those of a whole prompt of 256K tokens would be 160 GB; the gap is that of the row where the texts part."""
+    engine = Engine(reference, EngineConfig(dtype="float32", device="cpu", max_len=128, prefill_chunk=16))
+    prompt = [i * 7 % 500 for i in range(90)]
+    plain = engine.generate(prompt, SamplingConfig(max_new_tokens=12)).tokens
+    top = engine.logits(prompt + plain[:9])[-1].topk(2).values
+    seen, linear = [], model.linear
+    monkeypatch.setattr(
+        model, "linear", lambda x, w: seen.append(len(x) if w is engine.target.head else 0) or linear(x, w)
+    )
+    found = compare(engine, prompt, plain, [*plain[:9], plain[9] + 1, 0, 0])
+    assert found["at"] == 9 and found["gap"] == pytest.approx(float(top[0] - top[1]), abs=1e-4)
+    assert max(seen) == 1
 
 
 def test_windows_are_spread_over_the_text():

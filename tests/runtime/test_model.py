@@ -1,14 +1,17 @@
 """The forward passes against independent oracles: the transformers models, and themselves with other chunking."""
 
+import json
 import random
+import re
 
 import pytest
 import torch
 
 from mimo_qat.checkpoint.reader import load_model, read_drafter
+from mimo_runtime import load_drafter as load_drafter_module
 from mimo_runtime.cache import LinearCache, RingCache, visible
 from mimo_runtime.engine import Engine, EngineConfig
-from mimo_runtime.load import LoadConfig, load_target
+from mimo_runtime.load import LoadConfig, load_target, stop_tokens
 from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (
     Rows,
@@ -190,3 +193,30 @@ def test_a_linear_cache_hands_out_buckets_and_hides_what_is_not_there():
     k, _ = cache.extend(torch.ones(70, 1, 1), torch.ones(70, 1, 1), 0)
     assert k.shape == (1, 128, 1)
     assert cache.positions(70)[:70].tolist() == list(range(70)) and (cache.positions(70)[70:] < 0).all()
+
+
+def test_a_bar_counts_the_time_of_its_work(reference, monkeypatch, capsys):
+    """Of the drafter as well, whose tensors are read in one step: a second each on this clock."""
+    target = load_target(reference, LoadConfig("cpu", torch.float32))
+    capsys.readouterr()
+    clock, share = [0.0], load_drafter_module._draft_share
+
+    def one_second(*args):
+        clock[0] += 1
+        return share(*args)
+
+    monkeypatch.setattr(load_drafter_module, "_draft_share", one_second)
+    monkeypatch.setattr("mimo_runtime.load.time.perf_counter", lambda: clock[0])
+    load_drafter_module.load_drafter(reference / "dflash", target, LoadConfig("cpu", torch.float32))
+    size, rate = map(float, re.search(r"([\d.]+) GB +([\d.]+) GB/s", capsys.readouterr().err).groups())
+    assert clock[0] > 10 and rate <= max(size, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [(None, (7,)), ({}, (7,)), ({"eos_token_id": None}, (7,)), ({"eos_token_id": [3, 5]}, (3, 5))],
+)
+def test_stop_tokens_are_those_of_the_first_file_that_has_them(tmp_path, generation, expected):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_tokens(tmp_path, {"eos_token_id": 7}) == expected

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_kernels import residual
 from mimo_qat.checkpoint.layout import Geometry, read_json
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime.cli import main
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, Moe, load_target
 from mimo_runtime.load_drafter import load_drafter
-from mimo_runtime.parallel import Ranks, checksum, connect, place
+from mimo_runtime.norms import Norm
+from mimo_runtime.parallel import Group, Ranks, checksum, connect, place
 from mimo_runtime.shards import Shards, check_target, fused_rows
 from tests.runtime.conftest import release_folder, storable_model
 
@@ -217,6 +219,18 @@ def test_launchers_that_cannot_work_are_refused(monkeypatch):
         connect("cpu", 20.0, False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert place("cuda") == "cuda:1" and place("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("size", [2, 16, 17, 32])
+def test_more_ranks_than_the_kernel_adds_are_summed_before(monkeypatch, size):
+    """`residual.add_rms_norm` takes the parts of up to 16 ranks; the sum in rank order is the same."""
+    g = torch.Generator().manual_seed(size)
+    x, parts = torch.randn(3, 64, generator=g).bfloat16(), torch.randn(size, 3, 64, generator=g).bfloat16()
+    norm = Norm(torch.randn(64, generator=g).bfloat16(), 1e-5, fused=True)
+    monkeypatch.setattr(Group, "_all", lambda self, part: parts)
+    found = Group(0, size, None, False).add_norm(x, parts[0], norm)
+    for ours, theirs in zip(found, residual.reference(x, parts, norm.weight, norm.eps), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_checksum_sees_one_bit_and_an_exchange():

@@ -419,3 +419,31 @@ def test_a_round_never_comes_to_the_host(engine, monkeypatch, selector):
 def test_rounds_ahead_must_be_one_or_more(reference):
     with pytest.raises(ValueError, match="rounds_ahead is 0; use 1"):
         Engine(reference, EngineConfig(device="cpu", max_len=64, rounds_ahead=0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_len": 0}, "max_len is 0; give at least 2"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0; give at least 1"),
+        ({"prefill_chunk": -8}, "prefill_chunk is -8"),
+        ({"rank_timeout": 0.0}, "rank_timeout is 0.0"),
+        ({"tree_adaptive": True}, "tree_adaptive cuts trees, and tree_budget is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_a_byte_is_read(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tmp_path / "nothing", EngineConfig(device="cpu", **fields))
+
+
+def test_the_graph_that_was_used_last_is_kept(engine, monkeypatch):
+    """A kind that every request replays is not captured again because others came after it."""
+    monkeypatch.setattr("mimo_runtime.rounds.Graph", Replayed)
+    looks_ahead(engine, 1, graphs=True)
+    greedy = SamplingConfig(max_new_tokens=2)
+    engine.generate([9], greedy, speculate=False)
+    Replayed.made.clear()
+    for top_k in range(1, MOST_GRAPHS + 9):
+        engine.generate([9], SamplingConfig(max_new_tokens=2, temperature=1.0, top_k=top_k))
+        engine.generate([9], greedy, speculate=False)
+    assert len(Replayed.made) == MOST_GRAPHS + 8

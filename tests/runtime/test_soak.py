@@ -59,3 +59,11 @@ def test_two_processes_compare_every_round(tiny_config, tmp_path):
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["ok"] and found["rounds"] >= 200 and found["checksums_equal"]
     assert found["sequences_like_plain"] == found["sequences"] and found["conditions"]["ranks"] == 2
+
+
+def test_growth_is_measured_between_two_samples(soak, tiny_config, tmp_path, capsys, monkeypatch):
+    """Also where the first sequence plays all the rounds that were asked for: one sample says nothing."""
+    monkeypatch.setattr("sys.argv", ["soak.py", *flags(tmp_path, tiny_config, 1)])
+    assert soak.main() == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["sequences"] == 2 and len(found["samples"]) == 2 and found["rounds"] > found["samples"][0][0] > 0

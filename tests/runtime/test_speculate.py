@@ -146,7 +146,18 @@ def test_a_choice_depends_on_its_position_and_nothing_else(kind):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": 1e-40},  # logits / 1e-40 are infinite: the first token of them, not the best one
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -2},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+    ids=str,
 )
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

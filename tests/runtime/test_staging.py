@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime import staging
-from mimo_runtime.load import LoadConfig, open_shards
+from mimo_runtime.load import LoadConfig, load_target, open_shards
+from mimo_runtime.parallel import Ranks
 from mimo_runtime.staging import StagedCheckpoint
+from mimo_runtime.synthetic import tensors_of
 from tests.runtime.conftest import WIDE
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,36 @@ def test_a_file_that_ends_too_early_is_named(release):
     shards.checkpoint.close()
 
 
+def test_a_release_is_read_in_inference_mode_as_well(release):
+    """Threads do not inherit the mode, and tensors made in it may only be written in it."""
+    outside = load_target(release, LoadConfig("cpu", torch.float32, ranks=Ranks(1, 2)))
+    with torch.inference_mode():
+        inside = load_target(release, LoadConfig("cpu", torch.float32, ranks=Ranks(1, 2)))
+    assert all(same(a, b) for a, b in zip(tensors_of(inside), tensors_of(outside), strict=True))
+
+
+def test_a_failed_read_ends_at_once(release, monkeypatch):
+    """What waits to be read is given up, where it would take minutes on a slow disk."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
+    staged = StagedCheckpoint(release, "cpu")
+    name = next(n for n in staged.names if n.endswith("lm_head.weight"))
+    calls, real = [], staged._read_into
+
+    def slow(view, spec, skip):
+        calls.append(skip)
+        if len(calls) == 1:
+            raise OSError("the disk is gone")
+        time.sleep(0.05)
+        real(view, spec, skip)
+
+    monkeypatch.setattr(staged, "_read_into", slow)
+    with pytest.raises(OSError, match="the disk is gone"):
+        staged.raw(name)
+    staged.close()
+    pieces = staged.spec(name).nbytes // 1000
+    assert len(calls) < pieces / 2
+
+
 def test_ranks_of_a_host_share_its_cores(monkeypatch):
     monkeypatch.setattr(staging.os, "sched_getaffinity", lambda pid: range(64))
     assert staging.reading_threads() == staging.MOST_THREADS
@@ -113,4 +146,7 @@ def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
     assert found["layers"] == stored.geometry.num_hidden_layers < 4
     assert total / ranks <= 1e9 * found["rank_gb"] < 1.2 * total / ranks
     assert found["ratio"] == pytest.approx(found["load_gb_per_s"] / found["read_gb_per_s"])
+    with pytest.raises(SystemExit, match="2"):  # a folder that was there before must not be deleted
+        bench_load.main()
+    assert "give a folder that does not exist" in capsys.readouterr().err and (out / "config.json").is_file()
     assert found["load_seconds"] > 0 and found["peak_host_shards"] >= 0 and found["write_gb_per_s"] > 0
