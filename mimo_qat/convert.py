@@ -13,6 +13,7 @@ the end. The bytes do not depend on when or how often the job was killed, nor on
 import fcntl
 import hashlib
 import json
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -177,7 +178,7 @@ def _drafter_of(source: Source, cfg: ConvertConfig) -> Path | None:
 def _command(cfg: ConvertConfig) -> str:
     """The command, without what does not change a byte of the result."""
     given = [(f.name, getattr(cfg, f.name)) for f in fields(cfg) if getattr(cfg, f.name) != f.default]
-    return "mimo-qat convert " + " ".join(f"--{name} {value}" for name, value in given if name != "workers")
+    return "mimo-qat convert " + " ".join(f"--{n} {shlex.quote(str(v))}" for n, v in given if n != "workers")
 
 
 def _manifest(work: Path, cfg: ConvertConfig, jobs: dict[str, Job], facts: dict[str, Any]) -> None:

@@ -51,7 +51,10 @@ def read_rows(source: str | Path, limit: int | None = None) -> list[Row]:
 def _shard_rows(folder: Path, side: str) -> Iterator[Row]:
     found = sorted(folder.glob(f"{side}-*.jsonl"))
     if not found:
-        raise ValueError(f"{folder} has no {side}-*.jsonl; give a folder of mimo-qat generate-data, or a .jsonl file")
+        remedy = "answer more prompts with a larger --held_out or --limit, or name other rows for evaluation"
+        if side == "train" or not any(folder.glob("train-*.jsonl")):
+            remedy = "give a folder of mimo-qat generate-data, or a .jsonl file"
+        raise ValueError(f"{folder} has no {side}-*.jsonl; {remedy}")
     for path in found:
         yield from read_rows(path)
 
@@ -85,13 +88,27 @@ def _row(row: str | Row, where: str) -> Row:
     if "conversations" in row:
         roles = {"human": "user", "gpt": "assistant"}
         turns = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in row["conversations"]]
-        return {**row, "messages": [{"role": roles.get(r, r), "content": c} for r, c in turns]}
-    if "prompt" in row and "completion" in row:
+        row = {**row, "messages": [{"role": roles.get(r, r), "content": c} for r, c in turns]}
+    elif "prompt" in row and "completion" in row:
         turns = [("user", row["prompt"]), ("assistant", row["completion"])]
-        return {**row, "messages": [{"role": r, "content": c} for r, c in turns]}
-    if "messages" not in row and "text" not in row:
+        row = {**row, "messages": [{"role": r, "content": c} for r, c in turns]}
+    if "messages" in row:
+        _check_turns(row["messages"], where)
+    elif "text" not in row:
         raise ValueError(f"{where}: has none of messages, conversations, prompt + completion, text")
+    elif not isinstance(row["text"], str):
+        raise ValueError(f"{where}: text is not a string; correct the row or leave it out")
     return row
+
+
+def _check_turns(turns: Any, where: str) -> None:
+    """ValueError for messages that no chat template could read; content may be parts, or absent beside tool calls."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{where}: messages has no turns; leave the row out")
+    for i, turn in enumerate(turns):
+        said = isinstance(turn, dict) and (isinstance(turn.get("content"), str | list) or turn.get("tool_calls"))
+        if not said or not isinstance(turn.get("role"), str):
+            raise ValueError(f"{where}: turn {i} has no text or no role; correct the row or leave it out")
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
@@ -250,6 +267,16 @@ def pack(examples: list[dict[str, list[int]]], max_length: int, pad_id: int) -> 
 def pack_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Packed:
     """`pack` of `tokenize_rows`."""
     return pack(tokenize_rows(rows, tokenizer, max_length), max_length, tokenizer.pad_token_id or 0)
+
+
+def pack_first(rows: list[Row], tokenizer: Any, max_length: int, count: int, texts: int) -> Packed:
+    """`pack_rows` of `texts` rows for each of `count` packed ones, and of more where so many do not fill them."""
+    take = texts * count
+    while True:
+        packed = pack_rows(rows[:take], tokenizer, max_length)
+        if len(packed["input_ids"]) >= count or take >= len(rows):
+            return packed
+        take *= 2
 
 
 def positions(doc_ids: torch.Tensor) -> torch.Tensor:

@@ -481,6 +481,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def main(config: EvaluateConfig) -> dict[str, Any]:
     """Compares candidates with their BF16 reference; writes evaluate.json, evaluate.md and figures."""
     least = {"rows": 2, "max_length": 2, "batch_size": 1, "max_new_tokens": 1, "task_batch_size": 1}
+    least |= {"task_limit": 1} if config.task_limit is not None else {}
     for name, bound in least.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name} is {getattr(config, name)}; give at least {bound}")

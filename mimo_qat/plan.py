@@ -21,6 +21,7 @@ from mimo_qat.plan_model import ModelShape, activation_bytes, flops_per_token, k
 GIB = 2**30
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 FROM_RECIPE = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+PLANNED = {"train": "experts", "engine": "snapped", "master_dtype": "float32"}  # what the formulas are of
 BUDGETS = {"35M": 35_000_000, "0.5B": 500_000_000}
 MOST_GPUS = 4096
 
@@ -200,7 +201,14 @@ def with_recipe(config: PlanConfig) -> PlanConfig:
     odd = sorted(stated.keys() - defaults.keys())
     if odd:
         raise ValueError(f"{config.recipe}: {odd[0]} is not a field of QatConfig; see mimo-qat qat --help")
+    for name, planned in PLANNED.items():
+        if stated.get(name, planned) != planned:
+            raise ValueError(f"{config.recipe}: {name} {stated[name]} is not planned, only {planned}")
     values = {name: stated.get(name, defaults[name]) for name in FROM_RECIPE}
+    for field in fields(PlanConfig):
+        asked = getattr(config, field.name)
+        if field.name in values and asked not in (field.default, values[field.name]):
+            raise ValueError(f"{field.name} is {asked}, the recipe's is {values[field.name]}; leave one of them out")
     return PlanConfig(**{**vars(config), **values})
 
 

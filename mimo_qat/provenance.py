@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(work: Path, folder: Path) -> None:
+    """`work` takes the name `folder`; where that is there already its files move in, each whole, config.json last."""
+    if not folder.exists():
+        work.rename(folder)
+        return
+    for path in sorted((p for p in work.rglob("*") if p.is_file()), key=lambda p: (p.name == "config.json", p)):
+        place = folder / path.relative_to(work)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    shutil.rmtree(work)
 
 
 def write_json(path: str | Path, document: Any) -> None:
@@ -106,8 +120,11 @@ def commit() -> str:
 
 
 def command_line() -> str:
-    """The command that runs, with the program's name instead of its path."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that runs, as a shell reads it, with the program's name instead of its path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec and spec.name != "__main__" else None
+    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def write_provenance(folder: str | Path, config: Any, command: str | None = None) -> None:

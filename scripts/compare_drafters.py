@@ -43,7 +43,7 @@ from mimo_qat.distill.start import new_drafter
 from mimo_qat.distill.taps import Taps
 from mimo_qat.distill.train import Distiller
 from mimo_qat.models.modeling_dflash import DFlashDraftModel
-from mimo_qat.provenance import commit, hardware, versions, write_json
+from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 
 Batch = dict[str, torch.Tensor]
 ARMS = ("ours_adamw", "ours_muon", "specforge", "speculators", "speculators_eager")
@@ -465,7 +465,13 @@ def main() -> None:
     options.mask_token_id = max(set(range(config["vocab_size"])) - used)
     parts = {"packed": packed, "single": single_documents(packed, options.single_length)}
     parts["held_out"] = first_rows(held_out, min(options.eval_rows, len(held_out["input_ids"])))
-    results: dict[str, Any] = {"commit": commit(), "hardware": hardware(), "versions": versions(), "runs": {}}
+    results: dict[str, Any] = {
+        "command": command_line(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "runs": {},
+    }
     results["options"] = dict(vars(options))
     with tempfile.TemporaryDirectory() as options.scratch:
         for block_size, layout, name in product(options.block_sizes, options.layouts, options.arms):

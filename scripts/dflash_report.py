@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from study import MADE, made_by, markdown
+
 from mimo_qat.distill.plots import plot_survival
 from mimo_qat.provenance import with_earlier, write_json
 
@@ -34,20 +36,14 @@ TABLES = {  # title: arms, the first is what the others differ from
 def join(paths: Sequence[str]) -> dict[str, Any]:
     """One document of several; ValueError where they are of different answers."""
     docs = [json.loads(Path(p).read_text()) for p in paths]
-    whole = {"runs": {}, "left_out": {}} | {
-        k: docs[0][k] for k in ("command", "commit", "versions", "hardware", "data")
-    }
+    whole = {"runs": {}, "left_out": {}, "made": {}} | {k: docs[0][k] for k in (*MADE, "data")}
     for path, doc in zip(paths, docs, strict=True):
         if doc["data"] != whole["data"]:
             raise ValueError(f"{path} and {paths[0]} were trained on different answers; compare drafters of one target")
         whole["runs"] |= doc["runs"]
         whole["left_out"] |= doc["left_out"]
+        whole["made"] |= {name: made_by(doc, name) for name in doc["runs"]}
     return whole
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def length(row: dict[str, Any]) -> str:
@@ -89,35 +85,39 @@ def domains_table(doc: dict[str, Any]) -> str:
 
 def records(doc: dict[str, Any], peers: dict[str, Any] | None, benches: dict[str, dict]) -> list[dict[str, Any]]:
     """The named figures first, then every arm, peer and bench."""
-    made = {"command": doc["command"], "commit": doc["commit"]}
-    conditions = {"hardware": doc["hardware"], "versions": doc["versions"], "data": doc["data"], "seed": 0}
 
-    def record(name: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
-        return {"name": name, "value": value, "unit": unit, "conditions": conditions | more} | made
+    def record(name: str, value: float, unit: str, made: dict[str, Any], **more: Any) -> dict[str, Any]:
+        conditions = {"hardware": made["hardware"], "versions": made["versions"], "data": doc["data"], "seed": 0}
+        figure = {"name": name, "value": value, "unit": unit, "conditions": conditions | more}
+        return figure | {key: made[key] for key in ("command", "commit")}
 
     out, code = [], {n: doc["runs"][n]["tables"]["by_domain_and_temperature"][CODE] for n in LONG if n in doc["runs"]}
     unit = "tokens/verification"
     for figure, name in (("al_dflash_b8_code", "plain b8"), ("al_best_chain_code", "best b16")):
         if name in code:
-            out.append(record(figure, code[name]["acceptance_length"], unit, **_beside(code[name], doc["runs"][name])))
+            beside = _beside(code[name], doc["runs"][name])
+            out.append(record(figure, code[name]["acceptance_length"], unit, doc["made"][name], **beside))
     if "best b16" in code:
         budget, best = max(code["best b16"]["tree"].items(), key=lambda item: item[1])
-        out.append(record("al_tree_code", best, unit, tree_budget=int(budget), **_beside(code["best b16"], {})))
+        beside = _beside(code["best b16"], {}) | {"tree_budget": int(budget)}
+        out.append(record("al_tree_code", best, unit, doc["made"]["best b16"], **beside))
     if peers:
+        theirs = {k: peers.get(k, "compare_drafters.py") for k in MADE}  # older files do not say how they were called
         rates = {k: r["tokens_per_s"] for k, r in peers["runs"].items() if "tokens_per_s" in r}
         ours = [k for k in rates if "/ours" in k]
         ratios = {k: max(rates[o] for o in ours if o.rpartition("/")[0] == k.rpartition("/")[0]) / rates[k]
                   for k in rates if k not in ours}  # fmt: skip
         if ratios:
             worst = min(ratios, key=lambda k: ratios[k])
-            out.append(record("train_speed_vs_peer", ratios[worst], "ratio", against=worst, ratios=ratios))
+            out.append(record("train_speed_vs_peer", ratios[worst], "ratio", theirs, against=worst, ratios=ratios))
         for name, run in peers["runs"].items():
             if "tokens_per_s" in run:  # one that failed has no speed; the printed table says why
                 kept = {k: v for k, v in run.items() if k != "loss"}
-                out.append(record(f"training {name}", run["tokens_per_s"], "tokens/s", **kept))
+                out.append(record(f"training {name}", run["tokens_per_s"], "tokens/s", theirs, **kept))
     for name, run in doc["runs"].items():
         more = {k: run[k] for k in ("changes", "tokens", "parameters", "tokens_per_s", "peak_gb", "curve")}
-        out.append(record(f"acceptance {name}", run["code"]["acceptance_length"], unit, **more, code=run["code"]))
+        more["code"] = run["code"]
+        out.append(record(f"acceptance {name}", run["code"]["acceptance_length"], unit, doc["made"][name], **more))
     for name, bench in benches.items():
         out += [r | {"name": f"{name} {r['name']}"} for r in bench["records"]]
     return out

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import Study, study_parser
 
 from mimo_qat import data
 from mimo_qat.checkpoint.reader import load_model
@@ -27,7 +28,6 @@ from mimo_qat.distill.replay import TOP_K, replay, replayed_acceptance
 from mimo_qat.distill.start import new_drafter, pick_mask_token
 from mimo_qat.distill.train import Distiller
 from mimo_qat.models.dflash_files import save_drafter
-from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 
 TREES = [8, 16, 32, 64]  # nodes
 HEAD = {"conv_kernel_size": 2, "selector_rank": 64}
@@ -62,16 +62,11 @@ def arms(layers: int) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-class Study:
-    """The target, the packed answers, the clock and the JSON file."""
+class DrafterStudy(Study):
+    """The target and the packed answers."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.began = options, time.monotonic()
-        self.work, self.path = Path(options.work), Path(options.out or Path(options.work) / "study.json")
-        self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-        self.doc.setdefault("runs", {})
-        self.doc["left_out"] = {}
+        super().__init__(options)
         self.tokenizer = data.load_tokenizer(options.target)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         self.target = load_model(options.target, dtype, "cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -125,26 +120,23 @@ class Study:
         options, started = self.options, time.monotonic()
         tokens = options.long_tokens if length == "long" else options.short_tokens
         steps = max(2, round(tokens / (options.batch * options.max_length)))
-        left = options.seconds - (started - self.began)
         rate = self.doc.get("tokens_per_s", 0)
         if name in self.doc["runs"]:
             return
-        if rate and tokens / rate + 45 > left:
-            self.doc["left_out"][name] = f"{tokens / rate + 45:.0f} s needed, {left:.0f} s left"
-            return self.save()
+        if rate and tokens / rate + 45 > self.left():
+            return self.leave_out(name, f"{tokens / rate + 45:.0f} s needed, {self.left():.0f} s left")
         rows = self.rows
         if changes.pop("raw", False):
             if not options.raw:
-                self.doc["left_out"][name] = "no --raw file given"
-                return self.save()
+                return self.leave_out(name, "no --raw file given")
             rows = data.load_packed(options.raw)[0]
         try:
-            self.doc["runs"][name] = self._train(self.config(name, steps, changes), rows, length == "long")
-            self.doc["runs"][name] |= {"changes": changes, "seconds": round(time.monotonic() - started, 1)}
+            run = self._train(self.config(name, steps, changes), rows, length == "long")
+            self.add(name, run | {"changes": changes, "seconds": round(time.monotonic() - started, 1)})
+            print(name, json.dumps(run)[:600], flush=True)
+            self.save()
         except (ValueError, RuntimeError, AssertionError) as error:
-            self.doc["left_out"][name] = f"failed: {error}"[:800]
-        print(name, json.dumps(self.doc["runs"].get(name) or self.doc["left_out"][name])[:600], flush=True)
-        self.save()
+            self.leave_out(name, f"failed: {error}"[:800])
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -197,24 +189,15 @@ class Study:
         with run.optimizer.averaged():
             return replayed_acceptance(self.target, run.drafter, batch, self.ends, (), self.at_once)
 
-    def save(self) -> None:
-        write_json(self.path, self.doc)
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--target", required=True, help="folder of the target")
     parser.add_argument("--data", required=True, help="folder of mimo-qat generate-data")
     parser.add_argument("--raw", help="file of mimo-qat pack, for the arm that trains on text of others")
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--out", help="JSON file; WORK/study.json without it")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
-    parser.add_argument("--arms", help="regular expression: only these")
-    parser.add_argument("--skip", help="regular expression: not these")
     parser.add_argument("--long_tokens", type=float, default=24e6)
     parser.add_argument("--short_tokens", type=float, default=1.5e6)
     parser.add_argument("--batch", type=int, default=16, help="packed rows a step")
-    parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--anchors", type=int, default=256, help="blocks a row")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--eval_texts", type=int, default=96, help="held-out texts a domain and temperature")
@@ -222,13 +205,11 @@ def main() -> None:
     torch.set_num_threads(
         min(4, torch.get_num_threads())
     )  # small operations between GPU work: more threads wait longer
-    study = Study(options)
+    study = DrafterStudy(options)
     for name, length, changes in arms(study.target.config.num_hidden_layers):
-        chosen = not options.arms or re.search(options.arms, name)
-        if chosen and not (options.skip and re.search(options.skip, name)):
+        if study.chosen(name):
             study.train(name, length, changes)
-    print(json.dumps({"left_out": study.doc["left_out"], "seconds": round(time.monotonic() - study.began, 1)}))
-    raise SystemExit(int(any("s left" in why for why in study.doc["left_out"].values())))
+    study.end()
 
 
 if __name__ == "__main__":

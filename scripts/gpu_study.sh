@@ -12,8 +12,10 @@
 # the source's tokenizer, so that packing need not wait.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bash scripts/gpu_study.sh WORK [SECONDS]" >&2; exit 2; }
-work=$1 deadline=$(($(date +%s) + ${2:-36000}))
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=$(realpath -m "$1") deadline=$(($(date +%s) + ${2:-36000}))
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+work=$(realpath -m --relative-base="$PWD" "$work") # the caller's folder; commands are recorded as short as they can be
+case $work in *[[:space:]]*) echo "error: WORK $work has white space; choose another folder" >&2; exit 2 ;; esac
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH=.:kernels:runtime${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from study import MADE, made_by, markdown
+
 from mimo_qat.evaluate import FP8_ROW, NOISE, REFERENCE
 from mimo_qat.provenance import with_earlier, write_json
 from mimo_qat.qat.plots import plot_gap_closed, plot_token_curve
@@ -39,20 +41,18 @@ TABLES = {  # title: rows, each compared with the short QAD run
 def join(paths: Sequence[str]) -> dict[str, Any]:
     """One document of several; ValueError where two files disagree about a row that needs no training."""
     docs = [json.loads(Path(p).read_text()) for p in paths]
-    whole: dict[str, Any] = {"rows": {}, "runs": {}, "left_out": {}, "step_times": {}}
+    whole: dict[str, Any] = {"rows": {}, "runs": {}, "left_out": {}, "step_times": {}, "made": {}}
     for doc in docs:
         for name in BASELINES:
             first, other = whole["rows"].get(name), doc["rows"].get(name)
             if first and other and abs(first["kl_mean"] - other["kl_mean"]) > 1e-3 * max(1e-2, first["kl_mean"]):
                 raise ValueError(f"{name}: KL {first['kl_mean']} and {other['kl_mean']}; the files are of two teachers")
-        for part in whole:
+        for part in ("rows", "runs", "left_out", "step_times"):
             whole[part] |= doc.get(part, {})
-    return whole | {k: docs[0][k] for k in ("command", "commit", "versions", "hardware", "eval_rows")}
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        whole["made"] |= {name: made_by(doc, name) for name in doc["rows"]}
+        if doc.get("step_times"):
+            whole["made"]["step_times"] = made_by(doc, "step_times")
+    return whole | {k: docs[0][k] for k in (*MADE, "eval_rows")}
 
 
 def span(row: dict[str, Any]) -> str:
@@ -80,16 +80,12 @@ def table(doc: dict[str, Any], names: Iterable[str]) -> str:
 
 def records(doc: dict[str, Any], modelopt: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The named figures first, then the KL of every row."""
-    conditions = {
-        "hardware": doc["hardware"],
-        "versions": doc["versions"],
-        "seed": 0,
-        "held_out_rows": doc["eval_rows"],
-    }
 
-    def record(name: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
-        extra = {"command": more.pop("command", doc["command"]), "commit": more.pop("commit", doc["commit"])}
-        return {"name": name, "value": value, "unit": unit, "conditions": conditions | more, **extra}
+    def record(name: str, value: float, unit: str, made: dict[str, Any], **more: Any) -> dict[str, Any]:
+        conditions = {"hardware": made["hardware"], "versions": made["versions"], "seed": 0}
+        conditions |= {"held_out_rows": doc["eval_rows"]} | more
+        figure = {"name": name, "value": value, "unit": unit, "conditions": conditions}
+        return figure | {key: made[key] for key in ("command", "commit")}
 
     trained = {n: doc["rows"][n] | doc["runs"][n] for n in doc["runs"] if "gap_closed" in doc["rows"][n]}
     out = []
@@ -98,31 +94,34 @@ def records(doc: dict[str, Any], modelopt: dict[str, Any] | None) -> list[dict[s
         best = max(among, key=lambda n: among[n]["gap_closed"])
         row = among[best]
         more = {"run": best, "tokens": row["tokens"], "ci95": row["gap_closed_ci95"]}
-        out.append(record(figure, row["gap_closed"], "fraction", **more))
+        out.append(record(figure, row["gap_closed"], "fraction", doc["made"][best], **more))
     times = doc["step_times"]
     if times:
-        out += [record(n, times[n], "ratio") for n in ("snap_fraction_of_step", "qad_over_sft_step")]
-        out.append(record("qad_over_sft_step_checkpointed", times["qad_over_sft_step_checkpointed"], "ratio"))
+        timed = doc["made"]["step_times"]
+        out += [record(n, times[n], "ratio", timed) for n in ("snap_fraction_of_step", "qad_over_sft_step")]
+        out.append(record("qad_over_sft_step_checkpointed", times["qad_over_sft_step_checkpointed"], "ratio", timed))
         for name, rate in mfu(times).items():
-            out += [record(f"mfu_{name}", rate, "fraction", peak=PEAK_BF16)]
-            out += [record(f"tokens_per_s_{name}", times["tokens_per_step"] / times[name], "tokens/s")]
+            out += [record(f"mfu_{name}", rate, "fraction", timed, peak=PEAK_BF16)]
+            out += [record(f"tokens_per_s_{name}", times["tokens_per_step"] / times[name], "tokens/s", timed)]
             if f"{name}_peak_gb" in times:
-                out += [record(f"peak_memory_{name}", times[f"{name}_peak_gb"], "GB")]
+                out += [record(f"peak_memory_{name}", times[f"{name}_peak_gb"], "GB", timed)]
     if modelopt:
-        more = {k: modelopt[k] for k in ("versions", "command", "commit")} | {"variants": {}}
+        more = {"variants": {}}
         for name in modelopt:
             if isinstance(modelopt[name], dict) and "step_seconds" in modelopt[name]:
                 held = {k: v["kl"] for k, v in modelopt[name]["held_out"].items()}
                 facts = {k: modelopt[name][k] for k in ("step_seconds", "peak_gb", "tokens_per_s")}
                 more["variants"][name] = facts | {"held_out_kl": held}
         ours, theirs = more["variants"]["snapped_even"], more["variants"]["modelopt_bf16"]
-        out.append(record("step_speedup_vs_modelopt", theirs["step_seconds"] / ours["step_seconds"], "ratio", **more))
+        ratio, made = theirs["step_seconds"] / ours["step_seconds"], {k: modelopt.get(k, doc[k]) for k in MADE}
+        out.append(record("step_speedup_vs_modelopt", ratio, "ratio", made, **more))
     for name, row in doc["rows"].items():
         run = doc["runs"].get(name, {})
         more = {"seed": run.get("changes", {}).get("seed", 0)}
         more |= {k: run[k] for k in ("changes", "tokens", "tokens_per_s", "peak_gb", "codes_changed") if k in run}
         keep = ("kl_p99", "kl_p99.9", "top1_agreement", "gap_closed", "gap_closed_ci95", "kl_ci95")
-        out.append(record(f"kl {name}", row["kl_mean"], "nats/token", **more, **{k: row.get(k) for k in keep}))
+        more |= {k: row.get(k) for k in keep}
+        out.append(record(f"kl {name}", row["kl_mean"], "nats/token", doc["made"][name], **more))
     return out
 
 

@@ -11,17 +11,16 @@ import argparse
 import functools
 import gc
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from study import Study, study_parser
 
 from mimo_qat import data, plan_model
 from mimo_qat.evaluate import FP8_ROW, NOISE, REFERENCE, Bench, Table, exchanged, quantized
 from mimo_qat.models.load import save_trained
-from mimo_qat.provenance import command_line, commit, hardware, versions, write_json
 from mimo_qat.qat.config import QatConfig
 from mimo_qat.qat.train import Trainer
 
@@ -41,18 +40,13 @@ def ties_toward_zero(master: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(value, k.int()).flatten(-2).to(torch.bfloat16)
 
 
-class Study:
-    """The runs, their shared settings, the clock and study.json."""
+class QadStudy(Study):
+    """The runs and their shared settings."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.work = options, Path(options.work)
-        self.began, self.path = time.monotonic(), Path(options.out or Path(options.work) / "study.json")
-        self.doc: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.doc |= {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
+        super().__init__(options)
         self.doc["eval_rows"] = options.eval_rows
-        for key in ("rows", "runs"):
-            self.doc.setdefault(key, {})
-        self.doc["left_out"] = {}
+        self.doc.setdefault("rows", {})
         self.rate = 0.0  # tokens a second of the last run
         self.bench: Bench | None = None
 
@@ -73,17 +67,12 @@ class Study:
         }
         return QatConfig(**settings | changes)
 
-    def left(self) -> float:
-        return self.options.seconds - (time.monotonic() - self.began)
-
     def train(self, name: str, **changes: Any) -> None:
         """`_train`; an arm that fails is recorded, and the study goes on."""
         try:
             self._train(name, **changes)
         except (ValueError, RuntimeError) as error:
-            print(f"{name} failed: {error}", flush=True)
-            self.doc["left_out"][name] = f"failed: {error}"[:500]
-            self.save()
+            self.leave_out(name, f"failed: {error}"[:500])
 
     def _train(self, name: str, **changes: Any) -> None:
         """One QAD or QAT run from the teacher, judged at its end and, for `curve`, on the way."""
@@ -96,8 +85,7 @@ class Study:
         if name in self.doc["runs"]:
             return
         if self.rate and self.left() < tokens / self.rate * 1.1 + 15:
-            self.doc["left_out"][name] = f"{tokens / self.rate:.0f} s needed, {self.left():.0f} s left"
-            return
+            return self.leave_out(name, f"{tokens / self.rate:.0f} s needed, {self.left():.0f} s left")
         trainer, began = Trainer(config), time.monotonic()
         if self.bench is None:
             self.baselines(trainer)
@@ -116,7 +104,7 @@ class Study:
                 print(name, json.dumps(steps[-1]), flush=True)
         self.rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
         self.row(name, trainer)
-        self.doc["runs"][name] = {
+        run = {
             "changes": changes,
             "tokens": sum(s["tokens"] for s in steps),
             "seconds": round(time.monotonic() - began, 1),
@@ -126,6 +114,7 @@ class Study:
             "curve": points,
             "steps": [{k: s[k] for k in ("loss", "flip_fraction", "grad_norm")} for s in steps],
         }
+        self.add(name, run)
         self.doc.pop("unfinished", None)
         if mismatch:
             self.export_mismatch(trainer)
@@ -206,9 +195,6 @@ class Study:
         flops = plan_model.flops_per_token(shape, self.options.max_length, False)
         return out | {"snap": sorted(times)[3], "flops_per_token": flops, "tokens_per_step": rates[0]["tokens"]}
 
-    def save(self) -> None:
-        write_json(self.path, self.doc)
-
 
 def arms(rate: float, short: int, long: int) -> list[tuple[str, dict[str, Any]]]:
     """(name, what differs from a short QAD run), in order of importance; each group answers one question."""
@@ -241,18 +227,12 @@ def arms(rate: float, short: int, long: int) -> list[tuple[str, dict[str, Any]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--teacher", required=True, help="folder of recipes/qat/diversify.yaml")
     parser.add_argument("--data", required=True, help="file of mimo-qat pack")
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--out", help="JSON file; WORK/study.json without it")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that would end later")
-    parser.add_argument("--arms", help="regular expression: only these")
-    parser.add_argument("--skip", help="regular expression: not these")
     parser.add_argument("--until", help="no run begins once this file is there")
     parser.add_argument("--times", action="store_true", help="measure step times as well")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--eval_rows", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--short_steps", type=int, default=64, help="of an ablation")
@@ -260,17 +240,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="three steps a run, to test the script")
     options = parser.parse_args()
     data.load_packed = functools.cache(data.load_packed)  # one copy for all runs of this process
-    study = Study(options)
+    study = QadStudy(options)
     for name, changes in arms(options.learning_rate, options.short_steps, options.long_steps):
-        chosen = not options.arms or re.search(options.arms, name)
         if options.until and Path(options.until).exists():
             raise SystemExit(f"{options.until} is there; arms from {name} on are left for another call")
-        if chosen and not (options.skip and re.search(options.skip, name)):
+        if study.chosen(name):
             study.train(name, **changes)
     if options.times:
         study.step_times()
-    print(json.dumps({"left_out": study.doc["left_out"], "seconds": round(time.monotonic() - study.began, 1)}))
-    raise SystemExit(int(any("s left" in why for why in study.doc["left_out"].values())))
+    study.end()
 
 
 if __name__ == "__main__":

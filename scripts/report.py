@@ -25,7 +25,11 @@ def read_steps(folder: Path) -> Documents:
 
 
 def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
-    """The figures as records {name, value, unit, conditions, command, commit}."""
+    """The figures as records {name, value, unit, conditions, command, commit}.
+
+    `seconds` are of the last call of the demo; one that went on with an earlier one took at least its steps' time.
+    """
+    took = {name: document["_seconds"] for name, document in steps.items()}
     qad, rows, bench = steps["qad"], steps["quality"]["rows"], steps["bench"]
     plain, release = _plain_row(rows), rows["release"]
     machine = {**hardware(), **versions()}
@@ -50,7 +54,7 @@ def records(steps: Documents, seconds: int) -> list[dict[str, Any]]:
         ("tokens_per_s", bench["tokens_per_second"], "tokens/s", decoding, "bench"),
         ("tokens_per_s_no_draft", bench["plain_tokens_per_second"], "tokens/s", decoding, "bench"),
         ("forward_vs_file_bits", steps["convert"]["expert_elements_changed"], "differing weights", {}, "convert"),
-        ("demo_seconds", seconds, "s", {"steps": {n: d["_seconds"] for n, d in steps.items()}}, "bench"),
+        ("demo_seconds", max(seconds, sum(took.values())), "s", {"steps": took}, "bench"),
     ]
     return [
         {
@@ -155,7 +159,7 @@ def main() -> None:
     """Writes and prints the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=int, required=True, help="wall time of the whole demo, set-up included")
+    parser.add_argument("--seconds", type=int, required=True, help="wall time of the demo's last call, set-up included")
     options = parser.parse_args()
     steps = read_steps(options.folder)
     found = records(steps, options.seconds)

@@ -11,7 +11,7 @@ ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RuntimeError)
 
 AGAIN = "convert again: it writes every spelling"
-EXPORT = "export the checkpoint again from its source; `mimo-qat layout --list` prints the whole table"
+EXPORT = "export the checkpoint again from its source; `mimo-qat layout CONFIG --list true` prints the whole table"
 
 # name: (severity, what it causes, remedy)
 KINDS: dict[str, tuple[Severity, str, str]] = {

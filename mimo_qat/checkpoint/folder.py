@@ -156,7 +156,9 @@ class TensorFolder:
     def spec(self, name: str) -> TensorSpec:
         """TensorSpec of a stored tensor; ValueError names one that is not there."""
         if name not in self.specs:
-            raise ValueError(f"{self.folder} holds no tensor {name}; compare the folder with `mimo-qat layout --list`")
+            raise ValueError(
+                f"{self.folder} holds no tensor {name}; compare the folder with `mimo-qat layout CONFIG --list true`"
+            )
         return self.specs[name]
 
     def raw(self, name: str) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""mimo-qat layout recipes/model/mimo-v2.5-pro.json --drafter
+"""mimo-qat layout recipes/model/mimo-v2.5-pro.json --drafter true
 
 Every tensor of a MiMo-V2 checkpoint from its config.json alone: name, dtype, shape, file. Standard library only, so
 that a 1.02T model is counted in under a second, on any machine, before a byte is downloaded or written.
 
-    mimo-qat layout recipes/model/mimo-v2.5-pro.json --list > tensors.txt
+    mimo-qat layout recipes/model/mimo-v2.5-pro.json --list true > tensors.txt
 
 The names, dtypes, shapes and files are those of the published releases (MiMo-V2.5-Pro-FP4-DFlash and its siblings).
 Routed experts are MXFP4 (two U8 tensors), FP8 or BF16; the spine is FP8 (fused QKV and dense MLPs) or BF16.

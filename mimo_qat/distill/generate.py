@@ -129,7 +129,7 @@ def read_prompts(config: GenerateDataConfig, tokenizer: Any) -> tuple[list[Promp
         for row in read_rows(source, limit=enough):
             counts["read"] += 1
             asked = {"text": row["text"]} if "messages" not in row else {"messages": question(row)}
-            text = row["text"] if "text" in asked else " ".join(m["content"] for m in asked["messages"])
+            text = row["text"] if "text" in asked else " ".join(str(m.get("content")) for m in asked["messages"])
             key = digest(" ".join(text.lower().split()))
             counts["repeated_prompts"] += key in found or key in of_source
             of_source.setdefault(key, {**asked, "domain": row.get("domain", source)})

@@ -125,11 +125,15 @@ class Distiller:
             self.orders[epoch] = torch.randperm(count, generator=stream(self.config.seed, "epoch", epoch))
         return self.orders[epoch]
 
+    def rows_a_step(self) -> int:
+        """Packed rows of one optimizer step, over micro-batches and processes."""
+        c = self.config
+        return c.per_device_train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+
     def batch(self, micro: int) -> tuple[list[int], Batch]:
         """Rows of one micro-batch of this step: slices of an endless stream of shuffled epochs."""
         size, world = self.config.per_device_train_batch_size, self.accelerator.num_processes
-        per_step = size * world * self.config.gradient_accumulation_steps
-        start = self.step * per_step + (micro * world + self.accelerator.process_index) * size
+        start = self.step * self.rows_a_step() + (micro * world + self.accelerator.process_index) * size
         places = [divmod(i, self.rows["input_ids"].shape[0]) for i in range(start, start + size)]
         chosen = [int(self.order(epoch)[place]) for epoch, place in places]
         return chosen, {name: values[chosen] for name, values in self.rows.items()}
@@ -240,18 +244,20 @@ class Distiller:
         if not self.accelerator.is_main_process:
             return
         state = {"step": self.step, "config": asdict(self.config), "window": self.window}
+        state["rows_a_step"] = self.rows_a_step()
         with atomic_write(self.checkpoint_path) as path:
             torch.save({**state, "optimizer": self.optimizer.state_dict()}, path)
 
     def resume(self) -> None:
         # To the CPU: torch's loader knows no "cpu:0", and AdamW reads its step counters on the host.
         state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-        now = asdict(self.config)
+        now = asdict(self.config) | {"rows_a_step": self.rows_a_step()}
+        then = now | state["config"] | {k: state[k] for k in ("rows_a_step",) if k in state}
         for name in sorted(now.keys() - FREE_ON_RESUME):
-            if state["config"].get(name) != now[name]:
+            if then[name] != now[name]:
                 raise ValueError(
-                    f"{self.checkpoint_path} was made with {name} {state['config'].get(name)!r}, this run has "
-                    f"{now[name]!r}; keep it, or choose another output_dir"
+                    f"{self.checkpoint_path} was made with {name} {then[name]!r}, this run has {now[name]!r}; keep it "
+                    "(with as many processes), or choose another output_dir"
                 )
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.window = state["step"], state["window"].to(self.device)
@@ -372,6 +378,10 @@ def distill(
             if prompts:
                 document["decoding"] = evaluate(
                     run.target, run.drafter, prompts, config.eval_max_new_tokens, eos_token_ids
+                )
+            elif config.eval_prompts:
+                print(
+                    "no held-out chats to decode, so acceptance is not measured; give eval_data, or mimo-qat acceptance"
                 )
     return document
 

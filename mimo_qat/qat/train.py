@@ -32,6 +32,7 @@ from mimo_qat.qat import shard, state
 from mimo_qat.qat.config import FREE, QatConfig, learning_rate
 from mimo_qat.qat.hook import HookEngine
 from mimo_qat.qat.objective import agreement, chunked_loss, hidden_loss, next_tokens
+from mimo_qat.qat.plots import plot_run
 from mimo_qat.qat.snap import SnappedCopy
 
 
@@ -150,15 +151,7 @@ class Trainer:
         if config.dataset_name.endswith(".safetensors"):
             train, held_out = data.load_packed(config.dataset_name, config.max_length)
         else:
-            # A packed row takes few rows of text; reading and tokenizing more would outlast a short run.
-            texts = 4 * max(1, config.max_length // 256)
-            wanted = {"train": texts * per_step * config.max_steps, "held_out": texts * config.eval_rows}
-            limit = None if config.dataset_name in data.CORPORA else sum(wanted.values())
-            kept, held = data.read_split(config.dataset_name, config.held_out, config.seed, limit)
-            if self.accelerator.is_main_process:
-                data.write_rows(self.out / "held_out.jsonl", held)
-            train = data.pack_rows(kept[: wanted["train"]], self.tokenizer, config.max_length)
-            held_out = data.pack_rows(held[: wanted["held_out"]], self.tokenizer, config.max_length)
+            train, held_out = self._pack(per_step * config.max_steps)
         if len(train["input_ids"]) < per_step or not len(held_out["input_ids"]):
             raise ValueError(
                 f"{config.dataset_name}: {len(train['input_ids'])} packed training rows for steps of {per_step}, and "
@@ -166,6 +159,26 @@ class Trainer:
             )
         order = torch.randperm(len(held_out["input_ids"]), generator=torch.Generator().manual_seed(config.seed))
         return train, {k: v[order[: config.eval_rows]] for k, v in held_out.items()}
+
+    def _pack(self, wanted: int) -> tuple[data.Packed, data.Packed]:
+        """At least `wanted` packed training rows and `eval_rows` held-out ones of the dataset, where it has them."""
+        config = self.config
+        # A packed row takes few rows of text; reading and tokenizing more would outlast a short run.
+        texts = 4 * max(1, config.max_length // 256)
+        limit = None if config.dataset_name in data.CORPORA else texts * (wanted + config.eval_rows)
+        while True:
+            sides = data.read_split(config.dataset_name, config.held_out, config.seed, limit)
+            train, held_out = (
+                data.pack_first(rows, self.tokenizer, config.max_length, count, texts)
+                for rows, count in zip(sides, (wanted, config.eval_rows), strict=True)
+            )
+            enough = len(train["input_ids"]) >= wanted and len(held_out["input_ids"]) >= config.eval_rows
+            if enough or limit is None or sum(map(len, sides)) < limit:
+                break
+            limit *= 2  # the rows are short
+        if self.accelerator.is_main_process:
+            data.write_rows(self.out / "held_out.jsonl", sides[1])
+        return train, held_out
 
     def micro_batches(self, step: int) -> Iterator[data.Packed]:
         """The micro-batches of this process at `step`; a function of the step alone, so resuming needs no cursor."""
@@ -292,7 +305,7 @@ class Trainer:
 
         Another number of processes, another engine or another sharding may continue it, with as many rows a step.
         """
-        found = sorted((self.out / "checkpoints").glob("step-*"))
+        found = state.complete(self.out / "checkpoints")
         if not found or not self.config.resume_from_checkpoint:
             return
         document = json.loads((found[-1] / "state.json").read_text())
@@ -370,6 +383,7 @@ def run(trainer: Trainer, save_model: bool = True) -> dict[str, Any]:
     if main_process and save_model:
         write_provenance(trainer.out, config)
         write_json(trainer.out / "qat.json", report)
+        plot_run(trainer.out)
     accelerator.end_training()
     return report
 

@@ -45,6 +45,29 @@ def test_chats_are_cut():
     assert "".join(map(chr, example["input_ids"])) == "<u>hi|<a>y"
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"messages": []}, "no turns"),
+    ({"messages": "hi"}, "no turns"),
+    ({"messages": [{"role": "user", "content": None}]}, "turn 0 has no text"),
+    ({"messages": [{"role": "user", "content": "hi"}, {"content": "yo"}]}, "turn 1 has no text or no role"),
+    ({"conversations": [{"from": "human"}]}, "turn 0 has no text"),
+    ({"prompt": "hi", "completion": None}, "turn 1 has no text"),
+    ({"text": None}, "text is not a string"),
+])  # fmt: skip
+def test_a_row_without_text_is_named(row, said, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{said}"):
+        data.read_rows(path)
+
+
+def test_a_generated_folder_without_held_out_rows_says_how_to_get_some(tmp_path):
+    data.write_rows(tmp_path / "train-00000.jsonl", [{"text": "one"}])
+    assert len(data.read_rows(tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"no held_out-.*larger --held_out or --limit"):
+        data.read_split(tmp_path, 0.1)
+
+
 def test_pack_by_hand():
     lengths = [5, 3, 2, 4]
     examples = [{"input_ids": [i + 1] * n, "loss_mask": [1] * n} for i, n in enumerate(lengths)]

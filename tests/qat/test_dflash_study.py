@@ -35,6 +35,7 @@ def test_two_shares_of_a_study_make_one_report(learnable, monkeypatch, capsys):
     printed = capsys.readouterr().out
     records = {r["name"]: r for r in json.loads((learnable / "dflash.json").read_text())}
     plain, best, tree = (records[f"al_{n}_code"] for n in ("dflash_b8", "best_chain", "tree"))
+    assert "--arms '^plain|adamw'" in plain["command"] and "--arms '^best|conv$'" in best["command"]
     assert 1 <= plain["value"] <= 8 and plain["conditions"]["cap"] == 8
     assert 1 <= best["value"] <= tree["value"] <= 16 and tree["conditions"]["tree_budget"] in (8, 16, 32, 64)
     assert best["conditions"]["tokens"] == plain["conditions"]["tokens"]
@@ -61,14 +62,14 @@ case "$*" in *"^qad long"*) mkdir -p {work}/qad-long/qad-long ;; esac
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0 and "all steps are done" in first.stdout, first.stdout + first.stderr
     seen = [line.split("\x1f")[:-1] for line in calls.read_text().splitlines()]
-    assert len(seen) == 22 and {call[0] for call in seen} >= {"0", "1"}
+    assert len(seen) == 23 and {call[0] for call in seen} >= {"0", "1"}
     for call in seen:
         if call[1:3] == ["-m", "mimo_qat"]:
             with pytest.raises(SystemExit, match="0"):
                 run("mimo-qat", "", VERBS, [*call[3:], "--print_config"])
             assert capsys.readouterr().out, call
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0 and len(calls.read_text().splitlines()) == 22
+    assert again.returncode == 0 and len(calls.read_text().splitlines()) == 23
     (work / "done" / "peers").unlink()
     stand_in.write_text("#!/usr/bin/env bash\necho out of memory; exit 1\n")
     failed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

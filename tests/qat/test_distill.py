@@ -447,6 +447,19 @@ def test_resuming_with_another_learning_rate_is_refused(tiny_model, tmp_path):
         run.run()
 
 
+def test_resuming_with_another_number_of_processes_is_refused(tiny_model, tmp_path):
+    """Another number of rows a step would go on in another place of the data, with another batch."""
+    config = settings(tmp_path, save_steps=4)
+    run = Distiller(config, tiny_model, new_drafter(config, tiny_model, 511), packed_rows(), no_rows())
+    run.run()
+    state = torch.load(run.checkpoint_path, weights_only=True)
+    torch.save(state | {"rows_a_step": 2 * state["rows_a_step"]}, run.checkpoint_path)
+    again = replace(config, resume_from_checkpoint=True)
+    run = Distiller(again, tiny_model, new_drafter(again, tiny_model, 511), packed_rows(), no_rows())
+    with pytest.raises(ValueError, match=r"rows_a_step.* another output_dir"):
+        run.run()
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 
 

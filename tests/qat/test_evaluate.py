@@ -277,6 +277,8 @@ def test_names_of_candidates():
 def test_refusals(folder, bf16_folder):
     with pytest.raises(ValueError, match=r"embed_tokens.weight is absent|is \(|must be a quantization"):
         evaluate(config(folder, baselines=False, candidates=[f"other={other_model(folder)}"]))
+    with pytest.raises(ValueError, match="task_limit is 0; give at least 1"):
+        main(config(folder, task_limit=0))
     with pytest.raises(ValueError, match="rows is 1; give at least 2"):
         main(config(folder, rows=1))
     with pytest.raises(ValueError, match="packed held-out rows; give more text"):

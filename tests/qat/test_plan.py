@@ -313,6 +313,17 @@ def test_wrong_wishes_are_one_line(arguments, said, capsys):
     assert error.startswith("error: ") and said in error
 
 
+def test_what_a_recipe_says_otherwise_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_length: 2048\n")
+    with pytest.raises(ValueError, match="max_length is 4096, the recipe's is 2048; leave one of them out"):
+        with_recipe(PlanConfig(model="m", recipe=str(recipe), max_length=4096))
+    for field in ("train: body", "engine: hook", "master_dtype: bfloat16"):
+        recipe.write_text(field)
+        with pytest.raises(ValueError, match=f"{field.split(':')[0]} .* not planned"):
+            with_recipe(PlanConfig(model="m", recipe=str(recipe)))
+
+
 def test_recipe_sets_the_batch_and_unknown_fields_are_named(tmp_path):
     (tmp_path / "r.yaml").write_text("max_length: 256\ngradient_accumulation_steps: 3\n")
     config = with_recipe(PlanConfig(model=V25, recipe=str(tmp_path / "r.yaml"), gpus=64))

@@ -73,6 +73,15 @@ def test_curves_hold_the_metrics(run_folder, drawn):
     assert list(speed.lines[0].get_ydata()) == [5e4] * 3
 
 
+def test_a_run_without_a_teacher_has_its_loss(run_folder, drawn):
+    """`kl_weight` 0: no batch has a KL, the held-out rows do."""
+    rows = [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "kl"}) for row in rows]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    plots.plot_run(run_folder)
+    assert [line.get_label() for line in drawn[0][0].lines] == ["loss", "held out", "held out, PTQ"]
+
+
 def test_a_run_that_goes_on_has_no_ptq_line(run_folder, drawn):
     (run_folder / "qat.json").unlink()
     plots.plot_run(run_folder)

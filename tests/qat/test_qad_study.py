@@ -13,6 +13,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name):
+    if str(SCRIPTS) not in sys.path:  # as where a script is run
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,6 +43,8 @@ def test_two_shares_of_a_study_make_one_report(learnable, monkeypatch, capsys):
     for name in ("qad short", "ce short", "qad long", "exported like ModelOpt", "RTN floor", "FP8 block"):
         assert records[f"kl {name}"]["value"] >= 0 and f"| {name} |" in printed
     assert records["kl reference"]["value"] == 0
+    commands = {name: records[name]["command"] for name in ("kl qad short", "kl ce short", "kl qad long")}
+    assert all(("'^qad short" in command) == (name == "kl qad short") for name, command in commands.items()), commands
     best = records["kl_gap_closed_best"]
     gaps = {n.removeprefix("kl "): r["conditions"]["gap_closed"] for n, r in records.items() if n.startswith("kl ")}
     trained = {n: gaps[n] for n in ("qad short", "ce short", "qad long", "qad short rceil")}

@@ -20,6 +20,7 @@ from torch import nn
 from mimo_kernels import mxfp4
 from mimo_qat.checkpoint.reader import Checkpoint, load_model
 from mimo_qat.models.experts import TokenCounts, expert_parameters
+from mimo_qat.models.load import load_for_training, save_trained
 from mimo_qat.qat.objective import agreement, forward_kl
 from mimo_qat.qat.snap import SnappedCopy
 from mimo_qat.qat.train import QatConfig, Trainer, learning_rate, main
@@ -182,6 +183,7 @@ def test_schedule_by_hand():
 def test_a_run_lowers_the_held_out_kl_and_saves_what_it_trained(learnable):
     report = main(config(learnable, max_steps=30, learning_rate=1e-3, save_steps=30))
     assert report["kl_qad"] < 0.8 * report["kl_rtn"]
+    assert (Path(report["folder"]) / "curves.png").read_bytes().startswith(b"\x89PNG")
     # Forward == file: every saved expert is on the FP4 grid, and is what the masters snap to.
     masters = masters_of(learnable / "out/checkpoints/step-000030")
     saved = Checkpoint(learnable / "out")
@@ -238,6 +240,34 @@ def test_resume_refuses_another_configuration(learnable):
     main(config(learnable, max_steps=2))
     with pytest.raises(ValueError, match=r"made with learning_rate 0.0003, now 1.0"):
         main(config(learnable, max_steps=2, learning_rate=1.0))
+
+
+def test_short_rows_are_read_until_they_fill_the_steps(learnable):
+    """Rows far shorter than a packed row: training and evaluation still get what the data has for them."""
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3000))
+    (learnable / "rows.jsonl").write_text(rows)
+    trainer = Trainer(config(learnable))
+    assert len(trainer.train_rows["input_ids"]) >= 6 * trainer.rows_a_step()
+    assert len(trainer.eval_rows["input_ids"]) == 8
+
+
+def test_a_model_in_a_used_folder_replaces_whole_files_and_leaves_others(learnable):
+    folder = learnable / "model"
+    model, tokenizer = load_for_training(folder, torch.bfloat16)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/mine.txt").write_text("mine")
+    before = (folder / "model.safetensors").stat().st_ino
+    save_trained(model, tokenizer, folder)
+    assert (folder / "model.safetensors").stat().st_ino != before  # renamed into place, not written over
+    assert (folder / "checkpoints/mine.txt").read_text() == "mine" and not (learnable / ".model.tmp").exists()
+
+
+def test_other_files_beside_the_checkpoints_are_left_alone(learnable):
+    (learnable / "out/checkpoints").mkdir(parents=True)
+    (learnable / "out/checkpoints/step-notes.txt").write_text("mine")
+    main(config(learnable, max_steps=2))
+    assert (learnable / "out/checkpoints/step-notes.txt").read_text() == "mine"
+    assert (learnable / "out/checkpoints/step-000002/state.json").is_file()
 
 
 def test_too_little_data_is_one_clear_error(learnable):

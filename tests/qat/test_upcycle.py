@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mimo_qat.models.upcycle import UpcycleConfig, load_dense, main, upcycle
+from mimo_qat.models.upcycle import UpcycleConfig, load_dense, main, upcycle, upcycled_config
 
 
 def tiny_llama():
@@ -24,6 +24,17 @@ def tiny_llama():
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"num_hidden_layers": 9}, "the source has 2"),
+    ({"dense_layers": 2}, "leave one or more for experts"),
+    ({"dense_layers": -1}, "leave one or more for experts"),
+    ({"experts_per_token": 5}, "must lie in 1..4"),
+])  # fmt: skip
+def test_wishes_that_the_source_cannot_meet(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        upcycled_config(LlamaConfig(num_hidden_layers=2), UpcycleConfig(output_dir="o", **wrong))
 
 
 def test_logits_equal_the_dense_source():
