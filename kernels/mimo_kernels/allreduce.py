@@ -21,6 +21,7 @@ MAX_TOKENS = 16
 MAX_RANKS = 8
 PACKET = 4  # BF16 elements
 CELL = 128  # packets
+WIDEST_NORM = 8192  # columns of a row that one program sums and norms
 CLOCK_HZ = 2.0e9  # of no Hopper GPU is the clock higher: a wait is at least as long as asked for
 
 
@@ -128,7 +129,7 @@ def all_reduce_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(residual + sum, its RMSNorm times weight [H]), BF16 [T, H], H % 512 == 0 and at most 8192. See `all_reduce`."""
     _check(channel, x, PACKET * CELL)
-    if x.shape[1] > 8192:
+    if x.shape[1] > WIDEST_NORM:
         raise ValueError(f"x: rows of {x.shape[1]} are too long for one program; use all_reduce and a norm of its own")
     for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[1:])):
         if tensor.dtype != x.dtype or tensor.shape != shape or not tensor.is_contiguous():

@@ -19,7 +19,7 @@ from mimo_runtime.norms import Norm, add_norm
 from mimo_runtime.parallel import START_SECONDS, Group
 from mimo_runtime.watch import Watch
 
-ELEMENTS = allreduce.capacity(8192)  # room for the widest rows; 8 MiB for 8 ranks
+ELEMENTS = allreduce.capacity(allreduce.WIDEST_NORM)  # room for the widest rows; 8 MiB for 8 ranks
 
 
 class Memory(NamedTuple):
@@ -42,16 +42,25 @@ class Symmetric(Group):
         self.channel = allreduce.open_channel(watch.rank, memory.addresses, ELEMENTS, watch.timeout, device)
         self._failed = self.channel.failed_host.numpy()  # a look costs no launch and no wait
 
+    def _small(self, x: torch.Tensor, multiple: int) -> bool:
+        """Whether x [T, H] is the channel's work, where H has to be such a multiple."""
+        few = len(x) <= allreduce.MAX_TOKENS and x.numel() <= ELEMENTS
+        return few and x.dtype == torch.bfloat16 and x.shape[1] % multiple == 0
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        few = len(x) <= allreduce.MAX_TOKENS and x.numel() <= ELEMENTS and x.shape[1] % allreduce.PACKET == 0
-        if not few or x.dtype != torch.bfloat16:
+        if not self._small(x, allreduce.PACKET):
             return super().sum(x)
         self._check()
         self.watch.calls += 1
         return allreduce.all_reduce(x.contiguous(), self.channel)
 
     def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_norm(x, None if part is None else self.sum(part), norm)
+        together = part is not None and norm.fuses(x) and self._small(part, allreduce.PACKET * allreduce.CELL)
+        if part is None or not together or part.shape[1] > allreduce.WIDEST_NORM:
+            return add_norm(x, None if part is None else self.sum(part), norm)
+        self._check()
+        self.watch.calls += 1
+        return allreduce.all_reduce_add_norm(part.contiguous(), x.contiguous(), norm.weight, norm.eps, self.channel)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         self._check()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from mimo_kernels import allreduce
 from mimo_runtime import symmetric
+from mimo_runtime.norms import Norm
 from mimo_runtime.parallel import Group, _group
 from mimo_runtime.symmetric import Memory, Symmetric, exchange, here, map_memory, obstacle
 from mimo_runtime.watch import Watch
@@ -125,6 +126,22 @@ def test_small_sums_go_through_the_channel(monkeypatch):
         r.sum(other)
     assert taken[1:] == ["group"] * 4
     assert r.channel.seconds == r.watch.timeout == 20 and r.collectives == "symmetric"
+
+
+def test_a_sum_with_the_norm_behind_it_is_one_launch_where_the_shape_allows(monkeypatch):
+    taken = []
+    monkeypatch.setattr(allreduce, "all_reduce", lambda x, channel: taken.append("sum") or x)
+    monkeypatch.setattr(allreduce, "all_reduce_add_norm", lambda *given: taken.append(given) or (0, 0))
+    r, weight = ranks(Blamed()), torch.ones(512, dtype=torch.bfloat16)
+    x, part = torch.zeros(2, 8, 512, dtype=torch.bfloat16)
+    r.add_norm(x, part, Norm(weight, 1e-5, fused=True))
+    assert r.watch.calls == 1 and taken[0][2:] == (weight, 1e-5, r.channel)
+    assert torch.equal(taken[0][0], part) and torch.equal(taken[0][1], x)
+    for width, fused in ((512, False), (96, True)):
+        new, _ = r.add_norm(x[:, :width], part[:, :width], Norm(weight[:width], 1e-5, fused=fused))
+        assert taken.pop() == "sum" and new.shape == (8, width)
+    r.add_norm(x, None, Norm(weight, 1e-5, fused=True))
+    assert len(taken) == 1
 
 
 def test_a_sum_that_waited_in_vain_is_an_error_by_name():
