@@ -60,7 +60,10 @@ def whole_rounds(generation: Generation) -> list[int]:
 
 def read_bandwidth(device: torch.device) -> float:
     """Measured GB/s of summing a large tensor: the roofline of batch-1 decoding."""
-    big = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26), device=device)
+    size = 1 << 26
+    if device.type == "cuda":  # 4 GiB, or half of what the model has left
+        size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+    big = torch.ones(size, device=device)
     best = 0.0
     for _ in range(4):
         began = time.perf_counter()
