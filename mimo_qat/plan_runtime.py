@@ -91,6 +91,5 @@ def _kv_bytes(g: Geometry, d: DraftGeometry, tp: int, context: int) -> int:
     for layer in g.layers:
         slots = g.sliding_window + block if layer.swa and g.sliding_window else whole
         total += 2 * math.ceil(layer.kv_heads / tp) * (layer.head_dim + layer.v_head_dim) * slots
-    # Of a drafter the committed context, and beside it the block that is being drafted.
-    slots = block + (d.sliding_window + block if d.sliding_window else whole)
+    slots = d.sliding_window + block if d.sliding_window else whole
     return total + d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * slots

@@ -118,7 +118,7 @@ def test_reference_is_the_formula(kind, start, tokens):
     assert largest_error(y, oracle(q, history, start, 0.3, window, sink, tree)) < 1e-12
     if tree is None:  # the mask that the runtime makes
         positions = cache.positions(torch.tensor(start + tokens))
-        expected = visible(torch.arange(start, start + tokens), positions, window) == 0
+        expected = visible(torch.arange(start, start + tokens), positions, window)
         assert torch.equal(att.visible(at, tokens, cache.capacity, window, None), expected)
 
 

@@ -403,7 +403,7 @@ def test_the_script_goes_from_folders_to_the_hub_and_can_be_run_again(hub, bf16_
         "== quality: done before",
     ]
     card = hub.revisions["main"]["README.md"].decode()
-    assert "| kl_mean |" in card and "mimo-runtime quality" in card and "top1_agreement" in card
+    assert "| kl_mean |" in card and "python -m mimo_runtime quality" in card and "top1_agreement" in card
     (tmp_path / "out/config.json").write_text("{}")
     (tmp_path / "out/conversion.json").unlink()
     assert script().returncode != 0  # not what this script made any more: left alone
