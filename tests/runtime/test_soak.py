@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -41,7 +42,14 @@ def test_growth_is_noticed(soak, tiny_config, tmp_path, capsys, monkeypatch):
     assert soak.grown({"host": 9 << 20, "gpu_allocated": 512, "gpu_reserved": 0}) == ["host", "gpu_allocated"]
     assert soak.grown({"host": 1 << 20, "gpu_allocated": -512, "gpu_reserved": 0}) == []
     kept, measured = [], soak.memory
-    monkeypatch.setattr(soak, "memory", lambda device: kept.append(bytearray(b"x" * (64 << 20))) or measured(device))
+
+    def leaky(device):
+        pages = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # an allocator might have some left
+        pages.write(b"x" * len(pages))
+        kept.append(pages)
+        return measured(device)
+
+    monkeypatch.setattr(soak, "memory", leaky)
     monkeypatch.setattr("sys.argv", ["soak.py", *flags(tmp_path, tiny_config, 60)])
     assert soak.main() == 1
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
