@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .moe import PAGE_K, PackedExperts
-from .moe_triton import Tile, _product
+from .moe_triton import Tile, _product, _swiglu
 
 TILES = (Tile(64, 256, 4, 4), Tile(32, 128, 1, 4))  # of these runs the first that divides the shape
 _COLUMNS = 512  # outputs a program of _combine_kernel
@@ -52,12 +52,7 @@ def _gate_up_kernel(
         weights, scales, rows = W + expert * (ROWS * K // 4), S + expert * (ROWS * K // 32), X + token * K
         for k in range(0, K, BK):
             acc = _product(acc, weights, scales, rows, row, k, K, BM, BK, PTX)
-        gate, up = tl.split(acc.reshape(BM // 16, 2, 8, N).permute(0, 2, 3, 1))
-        gate = gate.reshape(BM // 2, N)
-        up = up.reshape(BM // 2, N)
-        h = gate / (1 + tl.exp(-gate)) * up
-        i = row // 2 + tl.arange(0, BM // 2)
-        at = i // 128 * 128 + i % 4 * 32 + i % 128 // 4
+        h, at = _swiglu(acc, row, BM, N)
         out = HIDDEN + place.to(tl.int64)[None, :] * (ROWS // 2) + at[:, None]
         tl.store(out, h.to(tl.bfloat16), mask=real[None, :])
 

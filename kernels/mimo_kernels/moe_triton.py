@@ -161,6 +161,19 @@ def _product(acc, W, S, X, row, k, K: tl.constexpr, BM: tl.constexpr, BK: tl.con
 
 
 @triton.jit
+def _swiglu(acc, row, BM: tl.constexpr, BN: tl.constexpr):
+    """(silu(gate) * up [BM / 2, BN] of acc [BM, BN], from `row` on, and where each stands in the order of the words).
+
+    An MMA leaves rows r and r + 8 in one thread, so this split moves nothing.
+    """
+    gate, up = tl.split(acc.reshape(BM // 16, 2, 8, BN).permute(0, 2, 3, 1))
+    gate = gate.reshape(BM // 2, BN)
+    up = up.reshape(BM // 2, BN)
+    i = row // 2 + tl.arange(0, BM // 2)
+    return gate / (1 + tl.exp(-gate)) * up, i // 128 * 128 + i % 4 * 32 + i % 128 // 4
+
+
+@triton.jit
 def _gate_up_kernel(
     HIDDEN, W, S, X, LIST,
     K: tl.constexpr, ROWS: tl.constexpr,
@@ -182,13 +195,7 @@ def _gate_up_kernel(
         tokens = X + tl.arange(0, BN) * K
         for k in range(0, K, BK):
             acc = _product(acc, W, S, tokens, row, k, K, BM, BK, PTX)
-        # An MMA leaves rows r and r + 8 in one thread, so this split moves nothing.
-        gate, up = tl.split(acc.reshape(BM // 16, 2, 8, BN).permute(0, 2, 3, 1))
-        gate = gate.reshape(BM // 2, BN)
-        up = up.reshape(BM // 2, BN)
-        h = gate / (1 + tl.exp(-gate)) * up
-        i = row // 2 + tl.arange(0, BM // 2)
-        at = i // 128 * 128 + i % 4 * 32 + i % 128 // 4
+        h, at = _swiglu(acc, row, BM, BN)
         n = tl.arange(0, BN)
         tl.store(HIDDEN + u * (BN * ROWS // 2) + n[None, :] * (ROWS // 2) + at[:, None], h.to(tl.bfloat16))
 
