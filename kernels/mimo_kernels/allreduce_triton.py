@@ -14,8 +14,8 @@ Nothing else is ordered, and nothing else has to be: packets may come in any ord
 Two halves are enough. A rank sends epoch e of a cell only after its launch of epoch e - 1 has ended, which waited for
 everybody's packets of e - 1, and those were sent after their launches of e - 2 had ended. So when the half of e (and of
 e - 2) is written again, nobody reads it any more. That holds for each cell alone: launches of different sizes may
-follow each other, as long as all ranks launch the same. It needs that a launch begins after the one before it has
-ended, so the kernels must not be launched with programmatic dependence.
+follow each other, as long as all ranks launch the same. It needs that a launch sends nothing before the one before it
+has ended: with programmatic dependent launch that is what `wait` is for, the first thing that touches memory.
 
 A wait is bounded. When it ends in vain, the words `failed` get 1 + the lowest rank that did not come; a launch that
 finds one sends nothing and polls once, so what follows in a graph passes at once, and no other rank takes a wrong sum
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from .allreduce import CELL, CLOCK_HZ, PACKET, Channel
+from .launch import dependent, prefetch_span, wait
 
 # PTX: $2 four BF16, stored at $1 with the epoch $3 beside each pair, unless $4 says to skip it. $0 is of no use.
 SEND = tl.constexpr("""{
@@ -205,8 +206,10 @@ def _exchange(
 def _sum_kernel(
     OUT, X, PEERS, EPOCHS, FAILED, FAILED_HOST, packets, rank, cycles,
     RANKS: tl.constexpr, CAPACITY: tl.constexpr, SPACE: tl.constexpr, RECEIVE: tl.constexpr, PHASE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT int64 [packets] <- the sum over the ranks of X int64 [packets], four BF16 each; SPACE packets a program."""
+    wait(PDL)
     at = tl.program_id(0) * SPACE + tl.arange(0, SPACE)
     sums = _exchange(
         X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, at < packets, RANKS, CAPACITY, SPACE, RECEIVE, PHASE
@@ -219,11 +222,14 @@ def _sum_kernel(
 def _sum_add_norm_kernel(
     OUT, NORMED, X, RESIDUAL, WEIGHT, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, eps, PER_ROW: tl.constexpr,
     RANKS: tl.constexpr, CAPACITY: tl.constexpr, SPACE: tl.constexpr, RECEIVE: tl.constexpr, PHASE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT <- RESIDUAL + the sum of X, NORMED <- its RMSNorm times WEIGHT; all int64 of four BF16, PER_ROW a row."""
     o = tl.arange(0, BLOCK)
     valid = o < PER_ROW
+    if PDL:
+        prefetch_span(WEIGHT, PER_ROW)
+    wait(PDL)
     at = tl.program_id(0) * PER_ROW + o
     PTX: tl.constexpr = RECEIVE is not None
     sums = _exchange(
@@ -265,8 +271,9 @@ def all_reduce(x: torch.Tensor, channel: Channel, phase: int = 0) -> torch.Tenso
     packets, out = x.numel() // PACKET, torch.empty_like(x)
     with torch.cuda.device_of(x):
         _sum_kernel[(triton.cdiv(packets, CELL),)](
-            out.view(torch.int64), x.view(torch.int64), *pointers, packets, *numbers, *constants, phase, num_warps=4
-        )
+            out.view(torch.int64), x.view(torch.int64), *pointers, packets, *numbers, *constants, phase,
+            **dependent(x), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -280,6 +287,7 @@ def all_reduce_add_norm(
     tensors = (t.view(torch.int64) for t in (out, normed, x, residual, weight))
     with torch.cuda.device_of(x):
         _sum_add_norm_kernel[(len(x),)](
-            *tensors, *pointers, *numbers, eps, per_row, *constants, phase, block, num_warps=min(32, block // 32)
-        )
+            *tensors, *pointers, *numbers, eps, per_row, *constants, phase, block,
+            **dependent(x), num_warps=min(32, block // 32),
+        )  # fmt: skip
     return out, normed

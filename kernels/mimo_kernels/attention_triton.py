@@ -47,14 +47,18 @@ BLOCKS = (  # rows, keys, warps, stages: what `bench --sweep` tries
     (128, 64, 8, 3),
     (128, 64, 8, 2),
     (128, 32, 8, 4),
+    (16, 64, 4, 3),
+    (16, 64, 4, 4),
+    (16, 64, 8, 3),
+    (16, 32, 4, 5),
 )
 
 
 def config_for(query_rows: int, groups: int, slots: int) -> Config:
     """What runs for T * N / G query rows of each of G heads and S slots. A constant of the shape."""
-    rows, warps = (64, 4) if query_rows <= 64 or slots <= _ALONE else (128, 8)
     if slots <= _ALONE:
-        return Config(rows, 64, warps, 3, 1)
+        return Config(16, 64, 4, 3, 1)
+    rows, warps = (64, 4) if query_rows <= 64 else (128, 8)
     blocks = groups * triton.cdiv(query_rows, rows)
     fill = max(8, triton.next_power_of_2(_PROGRAMS // blocks + 1) // 2)
     return Config(rows, 64, warps, 3, min(fill, triton.next_power_of_2(triton.cdiv(slots, 64))))

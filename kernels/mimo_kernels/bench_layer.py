@@ -10,6 +10,7 @@ The row says whether programmatic dependent launch was on; MIMO_KERNELS_PDL=1 tu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def _random(g: "bench.Geometry", a: "bench.Heads", packed: PackedExperts, tokens
 
 def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
     """layer(c) launches layer c with the experts `ids[c]` on what layer(c - 1) left; layer(0) begins anew."""
-    from . import attention_triton, heads_triton, linear_triton, moe_triton, residual_triton, router_triton
+    from . import linear, moe, residual_triton, router, window
 
     w, tokens = layers.window, len(layers.x)
     cos, sin = torch.randn(2, tokens, w.rotated // 2, device="cuda").bfloat16()
@@ -90,14 +91,14 @@ def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], to
         x, part = (layers.x, layers.x) if c == 0 else stream
         cache = layers.keys[c], layers.values[c]
         x, normed = residual_triton.add_rms_norm(x, part, layers.norms[c, 0], 1e-5)
-        qkv = linear_triton.linear(normed, layers.qkv[c])
-        q = heads_triton.split_heads(qkv, cos, sin, *cache, start, count=tokens, value_scale=0.6)
-        out = attention_triton.attention(q, *cache, start, scale=w.k_dim**-0.5, window=w.window, sink=sink)
+        qkv = linear.linear(normed, layers.qkv[c])
+        kw: dict[str, Any] = {"scale": w.k_dim**-0.5, "window": w.window, "sink": sink, "value_scale": 0.6}
+        out = window.attend(qkv, cos, sin, *cache, start, count=tokens, **kw)
         x, normed = residual_triton.add_rms_norm(
-            x, linear_triton.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5
+            x, linear.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5
         )
-        weights, _ = router_triton.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
-        part = moe_triton.moe(normed, ids[c], weights, layers.experts)
+        weights, _ = router.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
+        part = moe.moe(normed, ids[c], weights, layers.experts)
         stream = x, part
         return part
 

@@ -64,8 +64,8 @@ def prefetched_lines(rows: int, row_bytes: int) -> int:
 def wait(PDL: tl.constexpr):
     """With PDL: until the kernel before is complete. Then lets the next one begin."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -104,7 +104,8 @@ def linear(x: torch.Tensor, w: torch.Tensor | Fp8Weight) -> torch.Tensor:
     if isinstance(w, torch.Tensor) and not fits(w):
         raise ValueError(f"w: {w.dtype} {list(w.shape)}, expected contiguous torch.bfloat16 [N, multiple of 64]")
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
-        from . import linear_triton
+        from . import cuda, linear_cuda, linear_triton
 
-        return linear_triton.linear(x, w)
+        few = cuda.usable(x.device) and linear_cuda.fits(w, len(x))
+        return (linear_cuda if few else linear_triton).linear(x, w)
     return reference(x, w).to(torch.bfloat16)

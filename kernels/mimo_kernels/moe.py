@@ -118,9 +118,10 @@ def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pack
     if not 1 <= len(x) <= MAX_TOKENS:
         raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use a grouped product for more")
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
-        from . import moe_triton
+        from . import cuda, moe_cuda, moe_triton
 
-        return moe_triton.moe(x, ids, weights, experts)
+        few = cuda.usable(x.device) and moe_cuda.fits(experts, *ids.shape)
+        return (moe_cuda if few else moe_triton).moe(x, ids, weights, experts)
     used, local = ids.unique(return_inverse=True)
     return reference(x, local, weights, unpack_experts(experts, used)).to(torch.bfloat16)
 

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import cuda, router_cuda
 from .launch import dependent, prefetch, prefetch_span, wait
 
 _GROUP = 8  # rows that share a pass; a program has one pass for 1 to 8 rows and two for 16
@@ -127,17 +128,19 @@ def route(
     """`router.route` for checked CUDA arguments (or, in Triton's interpreter, for CPU ones)."""
     (rows, hidden), experts = x.shape, len(router)
     x, bias = x.contiguous(), bias.contiguous()
-    slices = triton.cdiv(hidden, config.columns)
-    parts = torch.empty(slices, rows, experts, dtype=torch.float32, device=x.device)
+    few = cuda.usable(x.device) and router_cuda.fits(hidden)
+    slices = 1 if few else triton.cdiv(hidden, config.columns)
+    parts = router_cuda.logits(x, router) if few else x.new_empty(slices, rows, experts, dtype=torch.float32)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     placed = bias.ndim == 2
     at = positions.contiguous() if placed and positions is not None else ids  # not read where there is one bias
     with torch.cuda.device_of(x):
-        _logits_kernel[(triton.cdiv(experts, config.experts), slices)](
-            parts, x, router, rows, experts, hidden, config.experts, config.columns, _GROUP,
-            **dependent(x), num_warps=1,
-        )  # fmt: skip
+        if not few:
+            _logits_kernel[(triton.cdiv(experts, config.experts), slices)](
+                parts, x, router, rows, experts, hidden, config.experts, config.columns, _GROUP,
+                **dependent(x), num_warps=1,
+            )  # fmt: skip
         _choose_kernel[(rows,)](
             weights, ids, parts, bias, at, rows, len(bias) if placed else 1, scaling,
             experts, triton.next_power_of_2(experts), slices, top_k, triton.next_power_of_2(top_k), normalise, placed,

@@ -10,6 +10,7 @@ E experts, I expert intermediate size.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,12 @@ from mimo_kernels import heads as head_kernels
 from mimo_kernels import linear as linear_kernels
 from mimo_kernels import moe as moe_kernels
 from mimo_kernels import router as router_kernels
+from mimo_kernels import window as window_kernels
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
-from mimo_runtime.load import Attention, Conv, Drafter, Mlp, Moe, PlainExperts, Target
+from mimo_runtime.load import Attention, Conv, Drafter, LayerGeometry, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.norms import add_norm, rms_norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.weights import KernelWeight, Weight, rows_from
@@ -192,6 +194,11 @@ class Rows:
             self._memo[theta, dim] = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return self._memo[theta, dim]
 
+    def rotation_rows(self, g: LayerGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotation` as the kernels take it, each [T, dim/2]."""
+        cos, sin = self.rotation(g.rope_theta, g.rotary_dim)
+        return cos[:, 0], sin[:, 0]
+
     def mask(self, cache: RingCache) -> torch.Tensor:
         """What these rows see of the keys that `cache.extend` returned for them."""
         if cache.window not in self._memo:
@@ -232,6 +239,13 @@ def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
     return q, k, v.reshape(len(x), g.kv_heads, g.v_head_dim) * w.value_scale
 
 
+def head_norms(w: Attention) -> head_kernels.HeadNorms | None:
+    """Norms of the heads as the kernels take them."""
+    if w.q_norm is None or w.k_norm is None:
+        return None
+    return head_kernels.HeadNorms(w.q_norm, w.k_norm, w.eps)
+
+
 def stored_heads(
     w: Attention,
     x: torch.Tensor,
@@ -244,13 +258,10 @@ def stored_heads(
     """The queries [T, N, K] of x [T, H]; keys and values of its first `count` rows go into `slots` [G, S, K] and
     [G, S, V], at (start + row) % S."""
     if w.fused and len(x) <= head_kernels.MAX_ROWS:
-        cos, sin = (t[:, 0] for t in rows.rotation(w.geometry.rope_theta, w.geometry.rotary_dim))
+        cos, sin = rows.rotation_rows(w.geometry)
         qkv = linear(x, w.qkv if queries else rows_from(w.qkv, w.geometry.heads * w.geometry.head_dim))
-        norms = None
-        if w.q_norm is not None and w.k_norm is not None:
-            norms = head_kernels.HeadNorms(w.q_norm, w.k_norm, w.eps)
         return head_kernels.split_heads(
-            qkv, cos, sin, *slots, start, count=count, value_scale=w.value_scale, norms=norms
+            qkv, cos, sin, *slots, start, count=count, value_scale=w.value_scale, norms=head_norms(w)
         )
     q, k, v = project(w, x, rows, queries)
     place = (start + torch.arange(count, device=x.device)) % slots[0].shape[1]
@@ -266,12 +277,16 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     scale = w.geometry.head_dim**-0.5
     few = rows.count <= attention_kernels.MAX_ROWS and (rows.tree is None or rows.count <= (w.window or rows.count))
     if w.kernel and few and isinstance(rows.start, torch.Tensor):
-        q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
-        out = attention_kernels.attention(
-            q[: rows.count], *cache.ring(), rows.start, scale=scale, window=w.window, sink=w.sink, tree=rows.tree
-        ).flatten(1)
-        if len(q) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
-            out = torch.cat((out, out[-1:].expand(len(q) - rows.count, -1)))
+        kw: dict[str, Any] = {"scale": scale, "window": w.window, "sink": w.sink, "tree": rows.tree}
+        if w.fused and len(x) <= head_kernels.MAX_ROWS:
+            cos, sin = rows.rotation_rows(w.geometry)
+            kw |= {"count": rows.count, "value_scale": w.value_scale, "norms": head_norms(w)}
+            out = window_kernels.attend(linear(x, w.qkv), cos, sin, *cache.ring(), rows.start, **kw).flatten(1)
+        else:
+            q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
+            out = attention_kernels.attention(q[: rows.count], *cache.ring(), rows.start, **kw).flatten(1)
+        if len(x) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
+            out = torch.cat((out, out[-1:].expand(len(x) - rows.count, -1)))
     else:
         q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)

@@ -11,18 +11,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mimo_kernels import fp8, linear, moe
+from mimo_kernels import fp8, linear, moe, router
+from mimo_kernels.window import attend
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 from mimo_kernels import (  # noqa: E402
-    attention_triton,
-    heads_triton,
     launch,
     linear_triton,
-    moe_triton,
     residual_triton,
-    router_triton,
 )
 
 pytestmark = [
@@ -105,14 +102,13 @@ class Chain:
         x, part, left = self.x, None, []
         for w, window, cache in zip(self.layers, WINDOWS, self.caches, strict=True):
             x, normed = residual_triton.add_rms_norm(x, part, w.norms[0], 1e-5)
-            q = heads_triton.split_heads(
-                linear_triton.linear(normed, w.qkv), self.cos, self.sin, *cache, self.start, count=self.tokens
-            )
             sink = w.sink if window else None
-            out = attention_triton.attention(q, *cache, self.start, scale=K_DIM**-0.5, window=window, sink=sink)
-            x, normed = residual_triton.add_rms_norm(x, linear_triton.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
-            weights, ids = router_triton.route(normed, w.router, w.bias, self.top_k, normalise=True)
-            part = moe_triton.moe(normed, ids, weights, w.experts)
+            kw = {"count": self.tokens, "scale": K_DIM**-0.5, "window": window, "sink": sink}
+            qkv = linear.linear(normed, w.qkv)
+            out = attend(qkv, self.cos, self.sin, *cache, self.start, **kw)
+            x, normed = residual_triton.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
+            weights, ids = router.route(normed, w.router, w.bias, self.top_k, normalise=True)
+            part = moe.moe(normed, ids, weights, w.experts)
             left += [x, ids, part]
         return left
 

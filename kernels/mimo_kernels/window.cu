@@ -1,0 +1,226 @@
+// Attention over a sliding window for at most 8 tokens, from the fused projection: rotation, cache writes, softmax with
+// sink. `window` defines it, `window_cuda` launches it.
+//
+// A block has 16 query rows of one key-value head (some tokens of all its query heads) and all keys they may see: the
+// ring, which holds what came before, and the tokens of this call, which it computes itself. So no block waits for
+// another, and there is one softmax, not one a step. Slots that this call fills are outside of every window while it
+// runs: what a block reads there, old or new, has weight zero.
+//
+// Keys and queries go from memory to the registers in which an MMA wants them: a thread's 16 bytes are 8 neighbours, and
+// a rotation's pairs i and i + HALF meet in one thread when HALF is a multiple of 32. Values go through shared memory,
+// because their product wants them transposed.
+//
+// Macros: K, V (sizes of a head), HALF (rotated pairs), GROUP (query heads of a key-value head), SLOTS, SINK (0 or 1).
+// Names: g, t = lane / 4, lane % 4; s = slot.
+
+constexpr int WARPS = 8, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
+constexpr int TILES = (SLOTS + 7) / 8, ROUNDS = TILES / WARPS + 1;  // tiles of 8 keys; the last warp's last is the new tokens
+constexpr int KEYS = (TILES * 8 + TOKENS + 15) / 16 * 16, NEW = TILES * 8;  // rows of the values; where the new ones are
+constexpr int V_STRIDE = V + 8, P_STRIDE = KEYS + 8;                        // so that neighbouring rows are in other banks
+constexpr int DIMS = V / WARPS;                                             // of a warp in the second product
+static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 16 && ROWS % GROUP == 0, "heads");
+
+typedef unsigned short bf16;
+
+__device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+__device__ __forceinline__ void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc.x), "+f"(acc.y), "+f"(acc.z), "+f"(acc.w)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Pairs (first, second) of two BF16 each by the angles' cosines and sines; rounds once.
+__device__ __forceinline__ void rotate(unsigned& first, unsigned& second, unsigned cos, unsigned sin) {
+    const float a = low(first), b = high(first), c = low(second), d = high(second);
+    first = bf16_pair(a * low(cos) - c * low(sin), b * high(cos) - d * high(sin));
+    second = bf16_pair(c * low(cos) + a * low(sin), d * high(cos) + b * high(sin));
+}
+
+// A thread's share of a head: 8 neighbours of every 32, rotated by the angles of its row.
+struct Head {
+    uint4 part[CHUNKS];
+
+    __device__ __forceinline__ void load(const bf16* at, int t) {
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++) part[j] = *reinterpret_cast<const uint4*>(at + j * 32 + t * 8);
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++) part[j] = make_uint4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ void turn(const bf16* cos, const bf16* sin, int t) {
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            const uint4 c = *reinterpret_cast<const uint4*>(cos + j * 32 + t * 8), s = *reinterpret_cast<const uint4*>(sin + j * 32 + t * 8);
+            rotate(part[j].x, part[j + PAIRS].x, c.x, s.x);
+            rotate(part[j].y, part[j + PAIRS].y, c.y, s.y);
+            rotate(part[j].z, part[j + PAIRS].z, c.z, s.z);
+            rotate(part[j].w, part[j + PAIRS].w, c.w, s.w);
+        }
+    }
+};
+
+// out bf16 [count, heads, V] of qkv bf16 [rows, (heads + groups) * K + groups * V], cos and sin bf16 [rows, HALF]. keys bf16
+// [groups, SLOTS, K] and values [groups, SLOTS, V] get the first `count` rows at (start + row) % SLOTS. `scale` has the
+// factor log2(e), sink float32 [heads] has not.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys, bf16* values, const long long* start_at,
+       const float* sink, int groups, int count, int window, float scale, float value_scale) {
+    extern __shared__ uint4 shared[];
+    bf16* const v_rows = reinterpret_cast<bf16*>(shared);  // [KEYS][V_STRIDE]
+    __shared__ bf16 weights[ROWS * P_STRIDE];
+    __shared__ float tops[WARPS][ROWS], sums[WARPS][ROWS];
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const int group = blockIdx.x % groups, first = blockIdx.x / groups * (ROWS / GROUP), heads = groups * GROUP;
+    const int width = (heads + groups) * K + groups * V;
+    bf16* const ring_k = keys + size_t(group) * SLOTS * K;
+    bf16* const ring_v = values + size_t(group) * SLOTS * V;
+    // Early, into the second-level cache only: whoever writes the ring may still be at work.
+    for (int line = tid; line < SLOTS * K / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_k + line * 64));
+    for (int line = tid; line < SLOTS * V / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_v + line * 64));
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+
+    const int start = int(*start_at);
+    for (int i = tid; i < NEW * (V / 8); i += blockDim.x) {
+        const int s = i / (V / 8), d = i % (V / 8) * 8;
+        const unsigned to = __cvta_generic_to_shared(v_rows + s * V_STRIDE + d);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(ring_v + min(s, SLOTS - 1) * V + d), "r"(s < SLOTS ? 16 : 0));
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    Head q[2], key[ROUNDS];
+    int token[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = g + half * 8;
+        token[half] = first + row / GROUP;
+        if (token[half] < count) q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
+        else q[half].clear();
+    }
+    const bool has_new = warp == WARPS - 1;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int tile = i * WARPS + warp;
+        if (i == ROUNDS - 1 && has_new) {
+            if (g < count) key[i].load(qkv + size_t(g) * width + (heads + group) * K, t);
+            else key[i].clear();
+        } else if (tile < TILES) key[i].load(ring_k + size_t(min(tile * 8 + g, SLOTS - 1)) * K, t);
+    }
+    for (int i = tid; i < (KEYS - NEW) * (V / 8); i += blockDim.x) {  // the new values, then zeros
+        const int n = i / (V / 8), d = i % (V / 8) * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (n < count) {
+            v = *reinterpret_cast<const uint4*>(qkv + size_t(n) * width + (heads + groups) * K + group * V + d);
+            v.x = bf16_pair(low(v.x) * value_scale, high(v.x) * value_scale), v.y = bf16_pair(low(v.y) * value_scale, high(v.y) * value_scale);
+            v.z = bf16_pair(low(v.z) * value_scale, high(v.z) * value_scale), v.w = bf16_pair(low(v.w) * value_scale, high(v.w) * value_scale);
+            if (first == 0) *reinterpret_cast<uint4*>(ring_v + (start + n) % SLOTS * V + d) = v;
+        }
+        *reinterpret_cast<uint4*>(v_rows + (NEW + n) * V_STRIDE + d) = v;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        if (token[half] < count) q[half].turn(cos + token[half] * HALF, sin + token[half] * HALF, t);
+    if (has_new && g < count) {
+        Head& mine = key[ROUNDS - 1];
+        mine.turn(cos + g * HALF, sin + g * HALF, t);
+        if (first == 0)
+#pragma unroll
+            for (int j = 0; j < CHUNKS; j++) *reinterpret_cast<uint4*>(ring_k + (start + g) % SLOTS * K + j * 32 + t * 8) = mine.part[j];
+    }
+
+    // Logits in units of ln 2, of rows g and g + 8 with keys 2t and 2t + 1 of a tile.
+    const int newest = start > 0 ? (start - 1) % SLOTS : -1;
+    float logits[ROUNDS][4], top[2] = {-__int_as_float(0x7F800000), -__int_as_float(0x7F800000)};
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const bool fresh = i == ROUNDS - 1 && has_new;
+        const int tile = i * WARPS + warp;
+        float4 acc = make_float4(0, 0, 0, 0);
+        if (fresh || tile < TILES)
+#pragma unroll
+            for (int j = 0; j < CHUNKS; j++) {
+                mma(acc, q[0].part[j].x, q[1].part[j].x, q[0].part[j].y, q[1].part[j].y, key[i].part[j].x, key[i].part[j].y);
+                mma(acc, q[0].part[j].z, q[1].part[j].z, q[0].part[j].w, q[1].part[j].w, key[i].part[j].z, key[i].part[j].w);
+            }
+        const float products[4] = {acc.x, acc.y, acc.z, acc.w};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int s = tile * 8 + 2 * t + c % 2, query = start + token[c / 2];
+            const int position = fresh ? start + 2 * t + c % 2 : start - 1 - newest + s - (s > newest ? SLOTS : 0);
+            const bool there = fresh ? 2 * t + c % 2 < count : s < SLOTS && tile < TILES && position >= 0;
+            const bool seen = there && position <= query && query - position < window;
+            logits[i][c] = seen ? products[c] * scale : -__int_as_float(0x7F800000);
+            top[c / 2] = fmaxf(top[c / 2], logits[i][c]);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
+        top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
+        if (t == 0) tops[warp][g + half * 8] = top[half];
+    }
+    __syncthreads();
+    float sum[2] = {0, 0}, extra[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {  // every row sees its own key at least
+        float above = tops[0][g + half * 8];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) above = fmaxf(above, tops[w][g + half * 8]);
+        if (SINK) {
+            const float own = sink[group * GROUP + (g + half * 8) % GROUP] * 1.4426950408889634f;
+            above = fmaxf(above, own);
+            extra[half] = exp2f(own - above);
+        }
+        if (token[half] >= count) above = 0;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const bool fresh = i == ROUNDS - 1 && has_new;
+            const int tile = i * WARPS + warp;
+            const float a = exp2f(logits[i][2 * half] - above), b = exp2f(logits[i][2 * half + 1] - above);
+            sum[half] += a + b;
+            const int column = (fresh ? NEW : tile * 8) + 2 * t;
+            if (fresh || tile < TILES) *reinterpret_cast<unsigned*>(weights + (g + half * 8) * P_STRIDE + column) = bf16_pair(a, b);
+        }
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        if (t == 0) sums[warp][g + half * 8] = sum[half];
+    }
+    if (KEYS > NEW + TOKENS)  // columns behind the new tokens
+        for (int i = tid; i < ROWS * (KEYS - NEW - TOKENS); i += blockDim.x)
+            weights[i / (KEYS - NEW - TOKENS) * P_STRIDE + NEW + TOKENS + i % (KEYS - NEW - TOKENS)] = 0;
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+
+    float4 acc[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+    const int matrix = lane / 8;
+    const unsigned v_at = __cvta_generic_to_shared(v_rows + (matrix % 2 * 8 + lane % 8) * V_STRIDE + warp * DIMS + matrix / 2 * 8);
+#pragma unroll
+    for (int k = 0; k < KEYS; k += 16) {
+        unsigned b[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(v_at + k * V_STRIDE * 2));
+        const unsigned* const p = reinterpret_cast<const unsigned*>(weights + g * P_STRIDE + k + 2 * t);
+        const unsigned a[4] = {p[0], p[8 * P_STRIDE / 2], p[4], p[8 * P_STRIDE / 2 + 4]};
+        mma(acc[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma(acc[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (token[half] >= count) continue;
+        const int row = g + half * 8;
+        float total = extra[half];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) total += sums[w][row];
+        unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(token[half]) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
+        to[0] = half ? bf16_pair(acc[0].z / total, acc[0].w / total) : bf16_pair(acc[0].x / total, acc[0].y / total);
+        to[4] = half ? bf16_pair(acc[1].z / total, acc[1].w / total) : bf16_pair(acc[1].x / total, acc[1].y / total);
+    }
+}
