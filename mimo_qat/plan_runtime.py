@@ -10,8 +10,6 @@ from typing import Any
 from mimo_qat.checkpoint.geometry import DraftGeometry, Geometry
 from mimo_qat.checkpoint.layout import MX_BLOCK, Experts, Spine, default_drafter_config, drafter_tensors, target_tensors
 
-DECODED_BYTES = 1 << 28  # of packed experts as BF16 values, in chunks of more than so many tokens:
-_FEW = 128
 _BUCKET = 64  # the runtime's caches of whole contexts have a multiple of so many slots
 _REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "e_score_correction_bias", "sink_bias")
 
@@ -65,12 +63,11 @@ def runtime_bytes(
 
 
 def workspace_bytes(g: Geometry, verified: int, tp: int, prefill_chunk: int) -> int:
-    """Bytes for a prefill chunk (residual stream in float32 twice, k rows of expert input, output and gate_up, experts
-    that are decoded at once) and for the logits of `verified` rows: an estimate."""
+    """Bytes for a prefill chunk (residual stream in float32 twice, the experts' input in another order and their sum, k
+    rows of hidden activations and of outputs) and for the logits of `verified` rows: an estimate."""
     k, inner = g.num_experts_per_tok, g.moe_intermediate_size
-    rows = prefill_chunk * (8 * g.hidden_size + k * (4 * g.hidden_size + 6 * inner // tp))
-    decoded = min(DECODED_BYTES, 6 * g.hidden_size * inner // tp * g.n_routed_experts) if prefill_chunk > _FEW else 0
-    return rows + decoded + 4 * verified * g.vocab_size
+    rows = prefill_chunk * (12 * g.hidden_size + k * 2 * (g.hidden_size + inner // tp))
+    return rows + 4 * verified * g.vocab_size
 
 
 def _share(name: str, g: Geometry, tp: int) -> float:

@@ -194,7 +194,7 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
         del packed
     if "prompt" in wanted and not args.sweep:
         packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
-        yield from (base | {"experts": g.distinct(PROMPT)} | row for row in prompt_rows(g, packed, gpu))
+        yield base | {"experts": g.distinct(PROMPT)} | prompt_row(g, packed, gpu)
         del packed
     if "attention" in wanted:
         for a in g.attention:
@@ -280,21 +280,15 @@ def measure_moe(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> li
     ]
 
 
-def prompt_rows(g: Geometry, packed: PackedExperts, gpu: bool) -> list[Row]:
-    """The experts of a prompt's chunk, every token with its own: decoded first, and by kernels on the codes."""
-    rows = []
-    for grouped, name in ((False, "decoded"), (True, "on codes")):
-        row: Row = {
-            "operator": f"moe of {PROMPT} tokens, {name}",
-            "bytes": g.distinct(PROMPT) * packed.bytes_per_expert,
-        }
-        if gpu:
-            ids = torch.rand(PROMPT, g.experts, device="cuda").topk(g.top_k).indices
-            x = torch.randn(PROMPT, g.hidden, device="cuda").bfloat16()
-            weights = torch.full(ids.shape, 1 / g.top_k, device="cuda")
-            row["us"] = microseconds(lambda: moe_many(x, ids, weights, packed, grouped=grouped))  # noqa: B023
-        rows.append(row)
-    return rows
+def prompt_row(g: Geometry, packed: PackedExperts, gpu: bool) -> Row:
+    """The experts of a prompt's chunk, every token with its own."""
+    row: Row = {"operator": f"moe of {PROMPT} tokens", "bytes": g.distinct(PROMPT) * packed.bytes_per_expert}
+    if gpu:
+        ids = torch.rand(PROMPT, g.experts, device="cuda").topk(g.top_k).indices
+        x = torch.randn(PROMPT, g.hidden, device="cuda").bfloat16()
+        weights = torch.full(ids.shape, 1 / g.top_k, device="cuda")
+        row["us"] = microseconds(lambda: moe_many(x, ids, weights, packed))
+    return row
 
 
 def sweep(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:

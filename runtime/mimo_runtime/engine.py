@@ -164,9 +164,9 @@ class Engine:
         """Generates after `prompt_ids`; `on_tokens` gets the tokens of each round as they are committed.
 
         `speculate=False` leaves the drafter out, `tree=False` verifies chains in spite of a `tree_budget`; the tokens
-        are the same. `forced_acceptance` replaces the drafter's drafts by the model's own next tokens for that many
-        slots a round (a list is cycled through) and by wrong ones after, while the drafter still runs: for tests, and
-        for benchmarks that say so. It decodes plainly first.
+        are the same, but that trees in bfloat16 may turn a near tie. `forced_acceptance` replaces the drafter's drafts
+        by the model's own next tokens for that many slots a round (a list is cycled through) and by wrong ones after,
+        while the drafter still runs: for tests, and for benchmarks that say so. It decodes plainly first.
         """
         sampling = self._resolved(sampling or SamplingConfig())
         self._check(prompt_ids, sampling)

@@ -32,9 +32,7 @@ from mimo_runtime.weights import KernelWeight, Weight, rows_from
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
 
-# Up to here, on a GPU, all plain experts in one product beat a loop over those in use, and packed ones are read 16 rows
-# at a time; decoding a layer's codes costs about what eight such passes do.
-MANY_ROWS = 128
+MANY_ROWS = 128  # up to here, on a GPU, all plain experts in one product beat a loop over those in use
 
 
 def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
@@ -105,16 +103,10 @@ def every_expert(experts: PlainExperts, x: torch.Tensor, combine: torch.Tensor) 
 def packed_experts(
     experts: PackedExperts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H].
-
-    Up to `MANY_ROWS`, as in a round with a tree, the kernels of a decode step take 16 rows at a time; more rows, as in
-    a prefill, are worth decoding the experts.
-    """
-    if len(x) > MANY_ROWS:
-        return moe_many(x, chosen, weights, experts)
-    split = zip(x.split(MAX_TOKENS), chosen.split(MAX_TOKENS), weights.split(MAX_TOKENS), strict=True)
-    parts = [moe_kernels.moe(*part, experts=experts) for part in split]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H], by the kernels of a decode step for as many
+    rows as they take, else by those of a prompt."""
+    run = moe_kernels.moe if len(x) <= MAX_TOKENS else moe_many
+    return run(x, chosen, weights, experts)
 
 
 def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | None = None) -> torch.Tensor:

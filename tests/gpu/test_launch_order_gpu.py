@@ -154,7 +154,11 @@ def _clocked_kernel(TIMES, spin, PDL: tl.constexpr):
 
 @pytest.mark.parametrize("on", [True, False])
 def test_a_kernel_begins_before_its_predecessor_ends_and_waits_for_it(on, monkeypatch):
-    """In a graph and outside of one. Without this the other tests would say nothing."""
+    """In a graph and outside of one. Without this the other tests would say nothing.
+
+    The wait holds always. That a kernel begins early is allowed and not promised, and another process on the GPU may
+    keep it from a multiprocessor: some do, and none without the launch attribute.
+    """
     if not on:
         off(monkeypatch)
     times = torch.zeros(4, 3, dtype=torch.int64, device=DEVICE)
@@ -165,10 +169,13 @@ def test_a_kernel_begins_before_its_predecessor_ends_and_waits_for_it(on, monkey
 
     graph, _ = captured(step)
     for run in (graph.replay, step):
-        run()
-        for before, after in pairwise(times.tolist()):
-            assert after[1] >= before[2]
-            assert (after[0] < before[2]) is on
+        early = 0
+        for _ in range(20):
+            run()
+            rows = times.tolist()
+            assert all(after[1] >= before[2] > 0 for before, after in pairwise(rows))
+            early += sum(after[0] < before[2] for before, after in pairwise(rows))
+        assert (early > 0) is on
 
 
 def test_what_is_no_kernel_may_stand_between():

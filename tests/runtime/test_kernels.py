@@ -1,5 +1,7 @@
 """Decode kernels in the model, by their definitions: experts that stay MXFP4 codes, attention over the ring."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,15 +48,21 @@ def test_rounding_to_nearest_packs_what_it_would_have_shown(reference):
 
 @pytest.mark.parametrize("rows", [1, 8, 21, 150])
 def test_a_forward_pass_with_packed_experts_is_that_with_plain_ones(release, rows):
-    """Up to where the two round: 21 rows are more than the kernels take at a time, and 150 are decoded for."""
+    """Up to where the two round: more than 16 rows are for the kernels of a prompt. Two rows in a hundred may lie so
+    near a tie of the router that rounding gives them other experts."""
     ids = torch.randint(0, 500, (rows,), generator=torch.Generator().manual_seed(rows))
-    logits = {}
+    logits, chosen = {}, {}
     for kind in ("plain", "packed"):
         target = load_target(release, LoadConfig("cpu", torch.bfloat16, experts=kind))
         assert isinstance(routed(target)[0], PackedExperts if kind == "packed" else PlainExperts)
+        layers = [replace(layer, mlp=replace(layer.mlp, chosen=[])) for layer in target.layers[1:]]
+        target = replace(target, layers=(target.layers[0], *layers))
         logits[kind] = target_forward(target, new_caches(target, 160, 160), ids, 0)[0]
-    error = (logits["packed"] - logits["plain"]).norm() / logits["plain"].norm()
-    assert error < 0.02 and (rows == 150 or error > 0)
+        chosen[kind] = torch.cat([layer.mlp.chosen[0].sort(-1).values for layer in layers], dim=-1)
+    alike = (chosen["packed"] == chosen["plain"]).all(-1)
+    assert (~alike).sum() <= 0.02 * rows
+    error = (logits["packed"] - logits["plain"])[alike].norm() / logits["plain"][alike].norm()
+    assert 0 < error < 0.02
 
 
 def test_drafts_change_no_token_of_packed_experts(release):

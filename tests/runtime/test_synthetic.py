@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimo_kernels import moe_many
 from mimo_kernels.linear import Fp8Weight, unpack_fp8
 from mimo_qat.checkpoint.layout import TensorSpec, default_drafter_config, drafter_tensors, parameters, read_json
-from mimo_qat.plan_runtime import _FEW, DECODED_BYTES, runtime_bytes
+from mimo_qat.plan_runtime import runtime_bytes
 from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import (
     POINTS,
@@ -33,7 +32,7 @@ from mimo_runtime.breakdown import (
 from mimo_runtime.cli import main
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.load import LoadConfig, Moe
-from mimo_runtime.model import MANY_ROWS, route
+from mimo_runtime.model import route
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.synthetic import (
     CONTEXTS,
@@ -315,7 +314,7 @@ def test_the_planner_agrees(name, size):
     config = model_config(name, None)
     found = memory(config, default_drafter_config(config), size, EngineConfig(linears="plain"))
     plan = runtime_bytes(config, size, list(CONTEXTS), 256, experts="mxfp4", spine="bf16")
-    assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"] > DECODED_BYTES
+    assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"] > 0
     heads, sliding = (64, 39) if name == "flash" else (128, 60)
     assert found["spine"] == plan["spine"] + 2 * heads * sliding
     # A rank keeps its own heads' sinks of a drafter in float32; the plan counts all of them in BF16.
@@ -330,10 +329,6 @@ def test_the_planner_agrees(name, size):
     saved = sum(n * k - n // 64 * (k // 128) * 4 for n, k in matrices)
     codes = memory(config, default_drafter_config(config), size, EngineConfig())
     assert codes == found | {"spine": found["spine"] - saved}
-
-
-def test_what_the_planner_assumes_of_a_prefill():
-    assert DECODED_BYTES == 2 * moe_many._VALUES and _FEW == MANY_ROWS
 
 
 def test_dry_run_command(tiny_config, tmp_path, capsys):

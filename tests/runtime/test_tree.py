@@ -19,6 +19,7 @@ from mimo_runtime.load import Conv, LoadConfig, Selector, load_target
 from mimo_runtime.model import block_conv, convolved, draft_forward, keep_rows, new_caches, target_forward, tree_rows
 from mimo_runtime.rounds import Rounds
 from mimo_runtime.speculate import Sampler, choose, decode, draft_candidates, gumbel_noise
+from tests.runtime.conftest import EVERY_EXPERT, WIDE, assert_trees_round_alone, release_folder
 
 PROMPT = [5, 17, 300, 2, 44, 91, 7]
 # At 2 the noise outweighs the logits, so that a random drafter with the same noise is often right.
@@ -171,6 +172,34 @@ def test_trees_past_full_and_short_windows_of_a_drafter(tmp_path, reference, tin
     assert found.tokens == engine.generate(PROMPT, sampling, speculate=False).tokens
     on_host(engine)
     assert engine.generate(PROMPT, sampling).rounds == found.rounds
+
+
+WRONG_TREES = {
+    "all rows": lambda depths, seen: (depths, torch.ones_like(seen)),
+    "all earlier rows": lambda depths, seen: (depths, torch.ones_like(seen).tril()),
+    "itself alone": lambda depths, seen: (depths, torch.eye(len(seen), dtype=torch.bool)),
+    "depths of a chain": lambda depths, seen: (torch.arange(len(depths)), seen),
+}
+
+
+def test_in_bf16_trees_change_tokens_by_rounding_alone(tmp_path, tiny_config, make_model, write_drafter):
+    """With the definitions of all kernels. What is no rounding is found: rows that see too much, too little, or stand
+    elsewhere. (Hot, since then many drafts are accepted.)"""
+    config = tiny_config | WIDE | EVERY_EXPERT
+    folder = release_folder(tmp_path / "wide", config, make_model(config))
+    write_drafter(folder / "dflash", config)
+    device: dict = {"device": "cpu", "max_len": 160, "prefill_chunk": 16}
+    kinds: dict = {"experts": "packed", "attention": "kernel", "linears": "kernel"}
+    engine = Engine(folder, EngineConfig(tree_budget=15, **kinds, **device))
+    exact = Engine(folder, EngineConfig(dtype="float32", drafter=None, **device))
+    greedy, hot = (SamplingConfig(max_new_tokens=60, temperature=t, seed=1) for t in (0.0, 2.0))
+    assert_trees_round_alone(engine, exact, PROMPT, greedy, [{"forced_acceptance": [7, 2, 0]}])
+    assert_trees_round_alone(engine, exact, PROMPT, hot, [{}])
+    verify = engine._verify_tree
+    for wrong in WRONG_TREES.values():
+        engine._verify_tree = lambda ids, start, *tree, wrong=wrong: verify(ids, start, *wrong(*tree))
+        with pytest.raises(AssertionError, match="behind the best"):
+            assert_trees_round_alone(engine, exact, PROMPT, hot, [{}])
 
 
 def shuffled(tree: Tree, rng: random.Random) -> Tree:
