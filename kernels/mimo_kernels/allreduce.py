@@ -127,12 +127,20 @@ def all_reduce(x: torch.Tensor, channel: Channel) -> torch.Tensor:
 def all_reduce_add_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, channel: Channel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual + sum, its RMSNorm times weight [H]), BF16 [T, H], H % 512 == 0 and at most 8192. See `all_reduce`."""
-    _check(channel, x, PACKET * CELL)
-    if x.shape[1] > WIDEST_NORM:
-        raise ValueError(f"x: rows of {x.shape[1]} are too long for one program; use all_reduce and a norm of its own")
-    for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[1:])):
-        if tensor.dtype != x.dtype or tensor.shape != shape or not tensor.is_contiguous():
+    """(residual + sum, its RMSNorm times weight [H]), BF16 [T, H], H % 512 == 0 and at most 8192. See `all_reduce`.
+
+    x may be float32 [P, T, H], the transpose of a contiguous [T, P, H]: it is added over P in order and rounded first.
+    """
+    if x.ndim == 3 and x.dtype == torch.float32 and x.transpose(0, 1).is_contiguous():
+        _check(channel, residual, PACKET * CELL)
+    else:
+        _check(channel, x, PACKET * CELL)
+    if residual.shape[1] > WIDEST_NORM:
+        raise ValueError(
+            f"x: rows of {residual.shape[1]} are too long for one program; use all_reduce and a norm of its own"
+        )
+    for name, tensor, shape in (("residual", residual, x.shape[-2:]), ("weight", weight, x.shape[-1:])):
+        if tensor.dtype != torch.bfloat16 or tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}, expected contiguous BF16 {list(shape)}")
     from . import allreduce_triton
 

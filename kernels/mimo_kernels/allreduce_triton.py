@@ -174,11 +174,34 @@ def _receive(mine, epoch, skip, cycles, RANKS: tl.constexpr, CAPACITY: tl.conste
 
 
 @triton.jit
+def _sum_of_parts(X, at, valid, PARTS: tl.constexpr, PER_ROW: tl.constexpr, PTX: tl.constexpr):
+    """Packets `at` of the sums over PARTS, in order, of X int64 [rows, PARTS, PER_ROW * 2] of two float32 each."""
+    at = (at // PER_ROW * PARTS * PER_ROW + at % PER_ROW) * 2
+    first, second = _split(tl.load(X + at, mask=valid, other=0))
+    a = first.to(tl.float32, bitcast=True)
+    b = second.to(tl.float32, bitcast=True)
+    first, second = _split(tl.load(X + at + 1, mask=valid, other=0))
+    c = first.to(tl.float32, bitcast=True)
+    d = second.to(tl.float32, bitcast=True)
+    for part in tl.static_range(1, PARTS):
+        first, second = _split(tl.load(X + at + part * PER_ROW * 2, mask=valid, other=0))
+        a += first.to(tl.float32, bitcast=True)
+        b += second.to(tl.float32, bitcast=True)
+        first, second = _split(tl.load(X + at + part * PER_ROW * 2 + 1, mask=valid, other=0))
+        c += first.to(tl.float32, bitcast=True)
+        d += second.to(tl.float32, bitcast=True)
+    return _unite(_narrow(a, b, PTX), _narrow(c, d, PTX))
+
+
+@triton.jit
 def _exchange(
     X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, valid,
     RANKS: tl.constexpr, CAPACITY: tl.constexpr, SPACE: tl.constexpr, RECEIVE: tl.constexpr, PHASE: tl.constexpr,
+    PARTS: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """The sums int64 of the packets `at` of X int64, where `valid`. The program owns the SPACE cells that these are in.
+
+    With PARTS > 0, X is the float32 [rows, PARTS, 4 * PER_ROW] whose sums over PARTS are the packets.
 
     PHASE 0 does all; 1 only sends and 2 only receives, for ranks that take turns in one thread.
     """
@@ -188,7 +211,10 @@ def _exchange(
     skip = tl.where(valid & (failed == 0), 0, 1)
     half = (epoch & 1) * RANKS * CAPACITY
     if PHASE != 2:
-        x = tl.load(X + at, mask=valid, other=0)
+        if PARTS > 0:
+            x = _sum_of_parts(X, at, valid, PARTS, PER_ROW, RECEIVE is not None)
+        else:
+            x = tl.load(X + at, mask=valid, other=0)
         _send(PEERS, x, half + rank * CAPACITY + at, epoch, skip, RANKS, RECEIVE is not None)
     sums = tl.zeros_like(at).to(tl.int64)
     if PHASE != 1:
@@ -212,8 +238,9 @@ def _sum_kernel(
     wait(PDL)
     at = tl.program_id(0) * SPACE + tl.arange(0, SPACE)
     sums = _exchange(
-        X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, at < packets, RANKS, CAPACITY, SPACE, RECEIVE, PHASE
-    )
+        X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, at < packets, RANKS, CAPACITY, SPACE, RECEIVE, PHASE,
+        0, 1,
+    )  # fmt: skip
     if PHASE != 1:
         tl.store(OUT + at, sums, mask=at < packets)
 
@@ -222,7 +249,7 @@ def _sum_kernel(
 def _sum_add_norm_kernel(
     OUT, NORMED, X, RESIDUAL, WEIGHT, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, eps, PER_ROW: tl.constexpr,
     RANKS: tl.constexpr, CAPACITY: tl.constexpr, SPACE: tl.constexpr, RECEIVE: tl.constexpr, PHASE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT <- RESIDUAL + the sum of X, NORMED <- its RMSNorm times WEIGHT; all int64 of four BF16, PER_ROW a row."""
     o = tl.arange(0, BLOCK)
@@ -233,8 +260,9 @@ def _sum_add_norm_kernel(
     at = tl.program_id(0) * PER_ROW + o
     PTX: tl.constexpr = RECEIVE is not None
     sums = _exchange(
-        X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, valid, RANKS, CAPACITY, SPACE, RECEIVE, PHASE
-    )
+        X, PEERS, EPOCHS, FAILED, FAILED_HOST, rank, cycles, at, valid, RANKS, CAPACITY, SPACE, RECEIVE, PHASE,
+        PARTS, PER_ROW,
+    )  # fmt: skip
     if PHASE != 1:
         sum_low, sum_high = _split(sums)
         low, high = _split(tl.load(RESIDUAL + at, mask=valid, other=0))
@@ -282,12 +310,14 @@ def all_reduce_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`allreduce.all_reduce_add_norm`, as `all_reduce`."""
     pointers, numbers, constants = _arguments(channel)
-    per_row, out, normed = x.shape[1] // PACKET, torch.empty_like(x), torch.empty_like(x)
+    per_row, out, normed = x.shape[-1] // PACKET, torch.empty_like(residual), torch.empty_like(residual)
+    parts = len(x) if x.ndim == 3 else 0
     block = triton.next_power_of_2(per_row)
+    x = x.transpose(0, 1) if parts else x
     tensors = (t.view(torch.int64) for t in (out, normed, x, residual, weight))
     with torch.cuda.device_of(x):
-        _sum_add_norm_kernel[(len(x),)](
-            *tensors, *pointers, *numbers, eps, per_row, *constants, phase, block,
+        _sum_add_norm_kernel[(len(residual),)](
+            *tensors, *pointers, *numbers, eps, per_row, *constants, phase, block, parts,
             **dependent(x), num_warps=min(32, block // 32),
         )  # fmt: skip
     return out, normed

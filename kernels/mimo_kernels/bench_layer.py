@@ -98,7 +98,7 @@ def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], to
             x, linear.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5
         )
         weights, _ = router.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
-        part = moe.moe(normed, ids[c], weights, layers.experts)
+        part = moe.parts(normed, ids[c], weights, layers.experts)
         stream = x, part
         return part
 

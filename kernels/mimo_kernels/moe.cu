@@ -123,6 +123,7 @@ struct Routing {
     List list;
     float combine[SLOTS][TOKENS];
     signed char place[SLOTS][TOKENS];  // of the expert among those of the token, ascending, or -1
+    int distinct[TOKENS];              // experts of the token
 
     __device__ __forceinline__ void build(const int* ids, const float* weights, int tokens) {
         const int tid = threadIdx.x, n = tid / TOP_K;
@@ -133,6 +134,7 @@ struct Routing {
         for (int j = 0; j < TOP_K; j++) own[j] = given ? ids[n * TOP_K + j] : 0, share[j] = given ? weights[n * TOP_K + j] : 0;
         const int id = given ? ids[tid] : 0;
         for (int i = tid; i < SLOTS * TOKENS; i += blockDim.x) (&place[0][0])[i] = -1;
+        if (tid < TOKENS) distinct[tid] = 0;
         list.build(id, given);
         float sum = 0;
         int smaller = 0;
@@ -148,6 +150,7 @@ struct Routing {
             const int u = list.before(id);
             combine[u][n] = sum;  // of an id that repeats, each of its threads writes the same
             place[u][n] = smaller;
+            atomicMax(&distinct[n], smaller + 1);
         }
     }
 };
@@ -164,10 +167,11 @@ struct Source {
     }
 };
 
-// parts float32 [tokens, TOP_K, columns] <- for place j of a token's distinct experts, ascending, weight * down(silu(gate) * up).
+// parts float32 [tokens, TOP_K, columns] <- for place j of a token's distinct experts, ascending, weight * down(silu(gate) *
+// up), and zeros behind the last of them.
 // up [EXPERTS, 2 INTER / 16, HIDDEN / 128, PAGE], of 16 rows the first 8 are gates; down [EXPERTS, HIDDEN / 16, INTER / 128,
-// PAGE]; scales the same in bytes. between bf16 [SLOTS][INTER / 128 pages of slots]. `ready` int [SLOTS] is zero: how many
-// strips of an expert are in `between`.
+// PAGE]; scales the same in bytes. between bf16 [SLOTS][INTER / 128 pages of slots]. `ready` int [SLOTS + 1] is zero before and
+// after: how many strips of an expert are in `between`, and how many blocks have ended.
 //
 // One block a multiprocessor, all of them resident, since the second product waits for strips of the first that other
 // blocks make: those come before in every block's order, so that somebody can always go on.
@@ -342,29 +346,27 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
             }
         }
     }
+
+    for (int n = 0; n < tokens; n++)  // an id that repeats leaves a place without an expert
+        for (int j = routing.distinct[n]; j < TOP_K; j++)
+            for (int column = blockIdx.x * blockDim.x + tid; column < columns; column += step * blockDim.x)
+                parts[(n * TOP_K + j) * columns + column] = 0;
+    __syncthreads();
+    if (tid == 0 && atomicAdd(ready + SLOTS, 1) == step - 1)  // nobody looks at `ready` any more
+        for (int u = 0; u <= SLOTS; u++) ready[u] = 0;
 }
 
-// out bf16 [tokens, columns] <- the parts of each token's distinct experts, summed in ascending id. 4 columns a thread.
-// Sets `ready` back to zero for the next launch.
-extern "C" __global__ void combine(uint2* out, const float4* parts, int* ready, const int* ids, int tokens, int columns) {
+// out bf16 [tokens, columns] <- the sums of parts float32 [tokens, TOP_K, columns], in order. 4 columns a thread.
+extern "C" __global__ void combine(uint2* out, const float4* parts, int tokens, int columns) {
     let_successor_begin();
     wait_for_predecessor();
-    if (blockIdx.x == 0 && threadIdx.x < SLOTS) ready[threadIdx.x] = 0;
-    const int at = blockIdx.x * blockDim.x + threadIdx.x, each = columns / 4, n = at / each, column = at % each;
+    const int at = blockIdx.x * blockDim.x + threadIdx.x, each = columns / 4, n = at / each;
     if (n >= tokens) return;
-    int count = 0;
-#pragma unroll
-    for (int j = 0; j < TOP_K; j++) {
-        bool again = false;
-        for (int k = 0; k < j; k++) again |= ids[n * TOP_K + k] == ids[n * TOP_K + j];
-        count += !again;
-    }
     float4 v[TOP_K];
 #pragma unroll
-    for (int j = 0; j < TOP_K; j++)
-        v[j] = j < count ? parts[(size_t(n) * TOP_K + j) * each + column] : make_float4(0, 0, 0, 0);
+    for (int j = 0; j < TOP_K; j++) v[j] = parts[(size_t(n) * TOP_K + j) * each + at % each];
     float4 sum = v[0];
 #pragma unroll
     for (int j = 1; j < TOP_K; j++) sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
-    out[size_t(n) * each + column] = make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
+    out[at] = make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
 }

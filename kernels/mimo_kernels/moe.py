@@ -112,11 +112,7 @@ def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pack
     On a GPU nothing waits for the host, so there ids must lie in [0, E): that is not checked. ValueError for shapes,
     dtypes or more than 16 tokens.
     """
-    _check_routing(x, ids, weights)
-    if x.dtype != torch.bfloat16 or x.shape[1] != experts.hidden:
-        raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {experts.hidden}]")
-    if not 1 <= len(x) <= MAX_TOKENS:
-        raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use a grouped product for more")
+    _check_tokens(x, ids, weights, experts)
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
         from . import cuda, moe_cuda, moe_triton
 
@@ -124,6 +120,35 @@ def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pack
         return (moe_cuda if few else moe_triton).moe(x, ids, weights, experts)
     used, local = ids.unique(return_inverse=True)
     return reference(x, local, weights, unpack_experts(experts, used)).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """What `moe` adds up last, for whoever reads it anyway; arguments and errors as of `moe`.
+
+    float32 [P, T, H] whose sum over P, in order and rounded to BF16 (`combine`), is `moe`'s result. Where no kernel
+    leaves parts it is that result, BF16 [T, H].
+    """
+    from . import cuda, moe_cuda
+
+    if cuda.usable(x.device) and ids.ndim == 2 and moe_cuda.fits(experts, *ids.shape):
+        _check_tokens(x, ids, weights, experts)
+        return moe_cuda.parts(x, ids, weights, experts)
+    return moe(x, ids, weights, experts)
+
+
+def combine(update: torch.Tensor) -> torch.Tensor:
+    """BF16 [T, H] of what `parts` gave."""
+    if update.ndim == 2:
+        return update
+    from . import cuda, moe_cuda
+
+    if cuda.usable(update.device) and update.transpose(0, 1).is_contiguous():
+        return moe_cuda.combine(update)
+    total = update[0]
+    for part in update[1:]:
+        total = total + part
+    return total.to(torch.bfloat16)
 
 
 # ---- the packed layout
@@ -219,6 +244,14 @@ def _deinterleave(x: torch.Tensor, inter: int) -> torch.Tensor:
 
 
 # ---- refusals
+
+
+def _check_tokens(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> None:
+    _check_routing(x, ids, weights)
+    if x.dtype != torch.bfloat16 or x.shape[1] != experts.hidden:
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {experts.hidden}]")
+    if not 1 <= len(x) <= MAX_TOKENS:
+        raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use a grouped product for more")
 
 
 def _check_routing(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:

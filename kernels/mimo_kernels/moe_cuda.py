@@ -8,7 +8,7 @@ from . import cuda, launch
 from .moe import PackedExperts
 
 MAX_TOKENS = 8
-_WARPS = 16  # as in moe.cu
+_WARPS, _MAX_TOP_K = 16, 8  # as in moe.cu
 _AHEAD, _STAGES = 4, 2  # pages in flight a warp; stages of the ring of hidden activations
 _TUNED = (("AHEAD", _AHEAD), ("STAGES", _STAGES))
 
@@ -19,7 +19,7 @@ def fits(experts: PackedExperts, tokens: int, top_k: int) -> bool:
     pages = inter // 128
     return (
         tokens <= MAX_TOKENS
-        and top_k <= 8
+        and top_k <= _MAX_TOP_K
         and hidden % 2048 == 0  # whole chunks of AHEAD pages of a quarter of K
         and hidden <= 12288  # activations in shared memory
         and experts.hidden % 8 == 0
@@ -29,28 +29,41 @@ def fits(experts: PackedExperts, tokens: int, top_k: int) -> bool:
 
 def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """`moe.moe` for checked CUDA arguments that `fits`."""
+    return combine(parts(x, ids, weights, experts))
+
+
+def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """`moe.parts` for checked CUDA arguments that `fits`: float32 [k, T, H], a view of [T, k, H]."""
     (tokens, top_k), columns = ids.shape, experts.hidden
     hidden, inter = experts.padded
     shapes = (("HIDDEN", hidden), ("INTER", inter), ("EXPERTS", len(experts.down)), ("TOP_K", top_k), *_TUNED)
     ring = _STAGES * max(inter, 128 * _AHEAD) * MAX_TOKENS * 2
-    both = cuda.Kernel("moe.cu", "experts", shapes, _WARPS * 32, hidden * MAX_TOKENS * 2 + 2 * _WARPS * 32 * 16 + ring)
-    combine = cuda.Kernel("moe.cu", "combine", shapes, 256)
-    x, ids, weights = x.contiguous(), ids.int().contiguous(), weights.contiguous()
-    between = torch.empty(
-        min(tokens * top_k, len(experts.down)), MAX_TOKENS, inter, dtype=torch.bfloat16, device=x.device
+    kernel = cuda.Kernel(
+        "moe.cu", "experts", shapes, _WARPS * 32, hidden * MAX_TOKENS * 2 + 2 * _WARPS * 32 * 16 + ring
     )
-    parts = torch.empty(tokens, top_k, columns, dtype=torch.float32, device=x.device)
-    out = torch.empty(tokens, columns, dtype=torch.bfloat16, device=x.device)
-    ready = _ready(x.device, experts.down.data_ptr())
-    early, w = launch.dependent(x)["PDL"], experts
+    x, ids, weights = x.contiguous(), ids.int().contiguous(), weights.contiguous()
+    slots = min(tokens * top_k, len(experts.down))
+    between = torch.empty(slots * MAX_TOKENS * inter, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty(tokens, top_k, columns, dtype=torch.float32, device=x.device)
+    ready, w = _ready(x.device, experts.down.data_ptr()), experts
     matrices = (w.gate_up, w.gate_up_scales, w.down, w.down_scales)
-    blocks = cuda.multiprocessors(x.device)
-    cuda.launch(both, blocks, (parts, between, ready, *matrices, x, ids, weights, tokens, columns), dependent=early)
-    cuda.launch(combine, -(-tokens * columns // 4 // 256), (out, parts, ready, ids, tokens, columns), dependent=early)
+    args = (out, between, ready, *matrices, x, ids, weights, tokens, columns)
+    cuda.launch(kernel, cuda.multiprocessors(x.device), args, dependent=launch.dependent(x)["PDL"])
+    return out.transpose(0, 1)
+
+
+def combine(parts: torch.Tensor) -> torch.Tensor:
+    """`moe.combine` for parts as `parts` gives them."""
+    top_k, tokens, columns = parts.shape
+    shapes = (("HIDDEN", 2048), ("INTER", 128), ("EXPERTS", top_k), ("TOP_K", top_k), *_TUNED)  # of `experts`: any
+    kernel = cuda.Kernel("moe.cu", "combine", shapes, 256)
+    out = torch.empty(tokens, columns, dtype=torch.bfloat16, device=parts.device)
+    args = (out, parts.transpose(0, 1), tokens, columns)
+    cuda.launch(kernel, -(-tokens * columns // 4 // 256), args, dependent=launch.dependent(parts)["PDL"])
     return out
 
 
 @cache
 def _ready(device: torch.device, experts: int) -> torch.Tensor:
     """Counters of the experts at an address, which two launches at a time must not share. Zero between launches."""
-    return torch.zeros(MAX_TOKENS * 8, dtype=torch.int32, device=device)
+    return torch.zeros(MAX_TOKENS * _MAX_TOP_K + 1, dtype=torch.int32, device=device)

@@ -3,7 +3,8 @@
     sum    = x + update, rounded to BF16
     normed = sum / sqrt(mean(sum**2) + eps) in float32, rounded to BF16, times weight, rounded to BF16
 
-An update of several ranks is added in rank order in float32 and rounded to BF16 before x is added to it. `reference` is
+An update of several parts (of ranks, or of experts) is added in order in float32 and rounded to BF16 before x is added
+to it. `reference` is
 the definition, with float32 or float64 between the roundings. `add_rms_norm` is what a runtime calls: one Triton launch
 (`residual_triton`) on a GPU of compute capability 9 or more, the reference elsewhere. The bits of a row depend on that
 row alone.
@@ -15,7 +16,7 @@ import torch
 
 MAX_ROWS = 16
 MAX_COLUMNS = 8192
-MAX_RANKS = 16
+MAX_PARTS = 16
 
 
 @torch.no_grad()
@@ -45,8 +46,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum, normed), each BF16 [T, H], of x BF16 [T, H], T <= 16, and weight BF16 [H].
 
-    `update` is BF16 [T, H], or BF16 [R, T, H] of R <= 16 ranks; without one the sum is x itself. H is a multiple of 8
-    up to 8192. ValueError for anything else.
+    `update` is BF16 [T, H], or BF16 or float32 [P, T, H] of P <= 16 parts; without one the sum is x itself. H is a
+    multiple of 8 up to 8192. ValueError for anything else.
     """
     _check(x, update, weight)
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
@@ -68,10 +69,11 @@ def _check(x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor) -
         raise ValueError(f"weight: {weight.dtype} {list(weight.shape)}, expected torch.bfloat16 [{columns}]")
     if update is None:
         return
-    if update.dtype != torch.bfloat16 or update.ndim not in (2, 3) or update.shape[-2:] != x.shape:
+    dtypes = (torch.bfloat16, torch.float32) if update.ndim == 3 else (torch.bfloat16,)
+    if update.dtype not in dtypes or update.ndim not in (2, 3) or update.shape[-2:] != x.shape:
         raise ValueError(
-            f"update: {update.dtype} {list(update.shape)}, "
-            f"expected torch.bfloat16 [{rows}, {columns}] or [ranks, {rows}, {columns}]"
+            f"update: {update.dtype} {list(update.shape)}, expected torch.bfloat16 [{rows}, {columns}], or of that or "
+            f"float32 [parts, {rows}, {columns}]"
         )
-    if update.ndim == 3 and not 1 <= len(update) <= MAX_RANKS:
-        raise ValueError(f"update: {len(update)} ranks; add them up before, or give 1 to {MAX_RANKS}")
+    if update.ndim == 3 and not 1 <= len(update) <= MAX_PARTS:
+        raise ValueError(f"update: {len(update)} parts; add them up before, or give 1 to {MAX_PARTS}")

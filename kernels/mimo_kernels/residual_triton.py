@@ -22,13 +22,15 @@ def warps_for(columns: int) -> int:
     return min(16, max(1, triton.next_power_of_2(columns) // 256))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _add_rms_norm_kernel(
-    SUM, NORMED, X, UPDATE, WEIGHT, rows, eps,
-    H: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SUM, NORMED, X, UPDATE, WEIGHT, part_stride, row_stride, eps,
+    H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """NORMED and, with RANKS > 0, SUM [rows, H] of X [rows, H], UPDATE [RANKS, rows, H] and WEIGHT [H], all of one
-    dtype, to which results are rounded; BLOCK >= H is a power of two."""
+    """NORMED and, with PARTS > 0, SUM [rows, H] of X [rows, H], UPDATE [PARTS, rows, H], by strides, and WEIGHT [H].
+
+    All but UPDATE are of one dtype, to which results are rounded; BLOCK >= H is a power of two.
+    """
     h = tl.arange(0, BLOCK)
     inside = h < H
     at = tl.program_id(0) * H + h
@@ -39,10 +41,11 @@ def _add_rms_norm_kernel(
     x = tl.load(X + at, mask=inside, other=0.0)
     # -0, which adds nothing. Without it the assembler asks for the weight behind the reduction: a second wait.
     nothing = tl.minimum(tl.abs(weight), 0.0) * -1.0  # Triton's unary minus is 0 - x, which is +0
-    if RANKS > 0:
-        total = tl.load(UPDATE + at, mask=inside, other=0.0).to(tl.float32)
-        for rank in tl.static_range(1, RANKS):
-            total += tl.load(UPDATE + rank * rows * H + at, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        UPDATE += tl.program_id(0) * row_stride + h
+        total = tl.load(UPDATE, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(UPDATE + part * part_stride, mask=inside, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + total.to(X.dtype.element_ty).to(tl.float32)).to(X.dtype.element_ty)
         tl.store(SUM + at, x, mask=inside)
     y = x.to(tl.float32) + nothing
@@ -56,14 +59,17 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`residual.add_rms_norm` for checked CUDA arguments (or, in Triton's interpreter, for CPU ones)."""
     rows, columns = x.shape
-    ranks = 0 if update is None else len(update) if update.ndim == 3 else 1
+    parts = 0 if update is None else len(update) if update.ndim == 3 else 1
     out = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, weight = x.contiguous(), weight.contiguous()
-    added = x if update is None else update.contiguous()
+    added = x if update is None else update if update.ndim == 3 else update[None]
+    if added.stride(-1) != 1:
+        added = added.contiguous()
+    part_stride, row_stride = (0, 0) if update is None else added.stride()[:2]
     normed = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _add_rms_norm_kernel[(rows,)](
-            out, normed, x, added, weight, rows, eps, columns, ranks, triton.next_power_of_2(columns),
-            **dependent(x), num_warps=warps or warps_for(columns),
+            out, normed, x, added, weight, part_stride, row_stride, eps,
+            columns, parts, triton.next_power_of_2(columns), **dependent(x), num_warps=warps or warps_for(columns),
         )  # fmt: skip
     return out, normed

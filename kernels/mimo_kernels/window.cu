@@ -13,12 +13,12 @@
 // Macros: K, V (sizes of a head), HALF (rotated pairs), GROUP (query heads of a key-value head), SLOTS, SINK (0 or 1).
 // Names: g, t = lane / 4, lane % 4; s = slot.
 
-constexpr int WARPS = 8, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
+constexpr int WARPS = 16, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
 constexpr int TILES = (SLOTS + 7) / 8, ROUNDS = TILES / WARPS + 1;  // tiles of 8 keys; the last warp's last is the new tokens
 constexpr int KEYS = (TILES * 8 + TOKENS + 15) / 16 * 16, NEW = TILES * 8;  // rows of the values; where the new ones are
 constexpr int V_STRIDE = V + 8, P_STRIDE = KEYS + 8;                        // so that neighbouring rows are in other banks
 constexpr int DIMS = V / WARPS;                                             // of a warp in the second product
-static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 16 && ROWS % GROUP == 0, "heads");
+static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 8 && ROWS % GROUP == 0, "heads");
 
 typedef unsigned short bf16;
 
@@ -68,12 +68,12 @@ struct Head {
     }
 };
 
-// out bf16 [count, heads, V] of qkv bf16 [rows, (heads + groups) * K + groups * V], cos and sin bf16 [rows, HALF]. keys bf16
+// out bf16 [rows, heads, V], rows behind `count` repeat the last one, of qkv bf16 [rows, (heads + groups) * K + groups * V], cos and sin bf16 [rows, HALF]. keys bf16
 // [groups, SLOTS, K] and values [groups, SLOTS, V] get the first `count` rows at (start + row) % SLOTS. `scale` has the
 // factor log2(e), sink float32 [heads] has not.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys, bf16* values, const long long* start_at,
-       const float* sink, int groups, int count, int window, float scale, float value_scale) {
+       const float* sink, int groups, int rows, int count, int window, float scale, float value_scale) {
     extern __shared__ uint4 shared[];
     bf16* const v_rows = reinterpret_cast<bf16*>(shared);  // [KEYS][V_STRIDE]
     __shared__ bf16 weights[ROWS * P_STRIDE];
@@ -101,9 +101,8 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = g + half * 8;
-        token[half] = first + row / GROUP;
-        if (token[half] < count) q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
-        else q[half].clear();
+        token[half] = min(first + row / GROUP, count - 1);
+        q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
     }
     const bool has_new = warp == WARPS - 1;
 #pragma unroll
@@ -127,7 +126,7 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     }
 #pragma unroll
     for (int half = 0; half < 2; half++)
-        if (token[half] < count) q[half].turn(cos + token[half] * HALF, sin + token[half] * HALF, t);
+        q[half].turn(cos + token[half] * HALF, sin + token[half] * HALF, t);
     if (has_new && g < count) {
         Head& mine = key[ROUNDS - 1];
         mine.turn(cos + g * HALF, sin + g * HALF, t);
@@ -179,7 +178,6 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
             above = fmaxf(above, own);
             extra[half] = exp2f(own - above);
         }
-        if (token[half] >= count) above = 0;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const bool fresh = i == ROUNDS - 1 && has_new;
@@ -199,28 +197,25 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
 
-    float4 acc[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-    const int matrix = lane / 8;
-    const unsigned v_at = __cvta_generic_to_shared(v_rows + (matrix % 2 * 8 + lane % 8) * V_STRIDE + warp * DIMS + matrix / 2 * 8);
+    float4 acc = make_float4(0, 0, 0, 0);
+    const unsigned v_at = __cvta_generic_to_shared(v_rows + lane % 16 * V_STRIDE + warp * DIMS);
 #pragma unroll
     for (int k = 0; k < KEYS; k += 16) {
-        unsigned b[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(v_at + k * V_STRIDE * 2));
+        unsigned b[2];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(b[0]), "=r"(b[1]) : "r"(v_at + k * V_STRIDE * 2));
         const unsigned* const p = reinterpret_cast<const unsigned*>(weights + g * P_STRIDE + k + 2 * t);
         const unsigned a[4] = {p[0], p[8 * P_STRIDE / 2], p[4], p[8 * P_STRIDE / 2 + 4]};
-        mma(acc[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma(acc[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        mma(acc, a[0], a[1], a[2], a[3], b[0], b[1]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        if (token[half] >= count) continue;
-        const int row = g + half * 8;
+        const int row = g + half * 8, to_row = first + row / GROUP;
+        if (to_row >= rows) continue;
         float total = extra[half];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += sums[w][row];
-        unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(token[half]) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
-        to[0] = half ? bf16_pair(acc[0].z / total, acc[0].w / total) : bf16_pair(acc[0].x / total, acc[0].y / total);
-        to[4] = half ? bf16_pair(acc[1].z / total, acc[1].w / total) : bf16_pair(acc[1].x / total, acc[1].y / total);
+        unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(to_row) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
+        *to = half ? bf16_pair(acc.z / total, acc.w / total) : bf16_pair(acc.x / total, acc.y / total);
     }
 }

@@ -25,10 +25,10 @@ def attend(
     norms: heads.HeadNorms | None = None,
     tree: attention.TreeRows | None = None,
 ) -> torch.Tensor:
-    """BF16 [count, N, V] of the first `count` <= T rows of qkv BF16 [T, (N+G)*K + G*V].
+    """BF16 [T, N, V] of qkv BF16 [T, (N+G)*K + G*V], whose first `count` rows are real: others repeat the last of them.
 
-    Their keys and values go into keys BF16 [G, S, K] and values BF16 [G, S, V]. `cos` and `sin` are BF16 [T, R/2]; the
-    rest is as in `split_heads` and `attention`, and so are the errors.
+    The real rows' keys and values go into keys BF16 [G, S, K] and values BF16 [G, S, V]. `cos` and `sin` are BF16
+    [T, R/2]; the rest is as in `split_heads` and `attention`, and so are the errors.
     """
     if window is not None and norms is None and tree is None:
         from . import cuda, window_cuda
@@ -38,4 +38,5 @@ def attend(
                 qkv, cos, sin, keys, values, start, count, window, scale=scale, sink=sink, value_scale=value_scale
             )
     q = heads.split_heads(qkv, cos, sin, keys, values, start, count=count, value_scale=value_scale, norms=norms)
-    return attention.attention(q[:count], keys, values, start, scale=scale, window=window, sink=sink, tree=tree)
+    out = attention.attention(q[:count], keys, values, start, scale=scale, window=window, sink=sink, tree=tree)
+    return out if count == len(q) else torch.cat((out, out[-1:].expand(len(q) - count, -1, -1)))

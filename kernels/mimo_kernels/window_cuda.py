@@ -5,7 +5,7 @@ import torch
 from . import cuda, launch
 
 MAX_ROWS = 8
-_WARPS, _ROWS = 8, 16  # as in window.cu
+_WARPS, _ROWS = 16, 16  # as in window.cu
 _LOG2_E = 1.4426950408889634
 
 
@@ -25,7 +25,7 @@ def fits(
         and group > 0
         and _ROWS % group == 0
         and 1 <= count <= min(MAX_ROWS, len(qkv))
-        and v_dim == 16 * _WARPS
+        and v_dim == 8 * _WARPS
         and k_dim % 32 == 0
         and half % 32 == 0
         and 2 * half <= k_dim <= 256
@@ -61,10 +61,10 @@ def attend(
     }
     key_rows = -(-(-(-slots // 8) * 8 + 8) // 16) * 16
     kernel = cuda.Kernel("window.cu", "attend", tuple(shapes.items()), _WARPS * 32, key_rows * (v_dim + 8) * 2)
-    out = torch.empty(count, heads, v_dim, dtype=torch.bfloat16, device=qkv.device)
+    out = torch.empty(len(qkv), heads, v_dim, dtype=torch.bfloat16, device=qkv.device)
     sinks = out if sink is None else sink.contiguous()
     tensors = (out, qkv, cos.contiguous(), sin.contiguous(), keys, values, start.long(), sinks)
-    numbers = (groups, count, window, scale * _LOG2_E, value_scale)
-    blocks = groups * -(-count // (_ROWS // group))
+    numbers = (groups, len(qkv), count, window, scale * _LOG2_E, value_scale)
+    blocks = groups * -(-len(qkv) // (_ROWS // group))
     cuda.launch(kernel, blocks, (*tensors, *numbers), dependent=launch.dependent(qkv)["PDL"])
     return out

@@ -103,9 +103,9 @@ def every_expert(experts: PlainExperts, x: torch.Tensor, combine: torch.Tensor) 
 def packed_experts(
     experts: PackedExperts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H], by the kernels of a decode step for as many
-    rows as they take, else by those of a prompt."""
-    run = moe_kernels.moe if len(x) <= MAX_TOKENS else moe_many
+    """The same sums: x [T, H], ids and weights [T, k] -> bfloat16 [T, H], or what `moe.parts` leaves of it, by the
+    kernels of a decode step for as many rows as they take, else by those of a prompt."""
+    run = moe_kernels.parts if len(x) <= MAX_TOKENS else moe_many
     return run(x, chosen, weights, experts)
 
 
@@ -277,8 +277,8 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
         else:
             q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
             out = attention_kernels.attention(q[: rows.count], *cache.ring(), rows.start, **kw).flatten(1)
-        if len(x) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
-            out = torch.cat((out, out[-1:].expand(len(x) - rows.count, -1)))
+            if len(x) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
+                out = torch.cat((out, out[-1:].expand(len(x) - rows.count, -1)))
     else:
         q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
@@ -420,7 +420,7 @@ def draft_attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows,
 
 def draft_mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The MLP of a drafter's layer, of all ranks together."""
-    return ranks.sum(mlp(w, x, ranks))
+    return ranks.sum(moe_kernels.combine(mlp(w, x, ranks)))
 
 
 def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:

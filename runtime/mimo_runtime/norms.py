@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mimo_kernels import residual
+from mimo_kernels import moe, residual
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_norm(x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + update, its norm), each [T, H], of the residual stream x and what a sublayer adds to it; None is nothing."""
+    """(x + update, its norm), each [T, H], of the residual stream x and what a sublayer adds to it: [T, H], parts as
+    `moe.parts` leaves them, or None for nothing."""
     if norm.fuses(x):
         return residual.add_rms_norm(x, update, norm.weight, norm.eps)
     if update is not None:
-        x = x + update
+        x = x + moe.combine(update)
     return x, rms_norm(x, norm.weight, norm.eps)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mimo_kernels import residual
+from mimo_kernels import moe, residual
 from mimo_runtime.norms import Norm, add_norm
 from mimo_runtime.watch import Watch
 
@@ -39,7 +39,8 @@ class Ranks:
         return x
 
     def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + the sum of the contributions `part` of all ranks, its norm), each [T, H]; None is no contribution."""
+        """(x + the sum of the contributions `part` of all ranks, its norm), each [T, H]; None is no contribution, and
+        one may be in parts, as `moe.parts` leaves it."""
         return add_norm(x, None if part is None else self.sum(part), norm)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,9 @@ class Group(Ranks):
         return total.to(x.dtype)
 
     def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        if part is None or not norm.fuses(x) or self.size > residual.MAX_RANKS:
+        if part is not None:
+            part = moe.combine(part)
+        if part is None or not norm.fuses(x) or self.size > residual.MAX_PARTS:
             return super().add_norm(x, part, norm)
         return residual.add_rms_norm(x, self._all(part), norm.weight, norm.eps)
 

@@ -14,7 +14,7 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here u
 
 import torch
 
-from mimo_kernels import allreduce
+from mimo_kernels import allreduce, moe
 from mimo_runtime.norms import Norm, add_norm
 from mimo_runtime.parallel import START_SECONDS, Group
 from mimo_runtime.watch import Watch
@@ -55,12 +55,13 @@ class Symmetric(Group):
         return allreduce.all_reduce(x.contiguous(), self.channel)
 
     def add_norm(self, x: torch.Tensor, part: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        together = part is not None and norm.fuses(x) and self._small(part, allreduce.PACKET * allreduce.CELL)
-        if part is None or not together or part.shape[1] > allreduce.WIDEST_NORM:
-            return add_norm(x, None if part is None else self.sum(part), norm)
+        together = norm.fuses(x) and self._small(x, allreduce.PACKET * allreduce.CELL)
+        if part is None or not together or x.shape[1] > allreduce.WIDEST_NORM:
+            return add_norm(x, None if part is None else self.sum(moe.combine(part)), norm)
         self._check()
         self.watch.calls += 1
-        return allreduce.all_reduce_add_norm(part.contiguous(), x.contiguous(), norm.weight, norm.eps, self.channel)
+        part = part if part.ndim == 3 else part.contiguous()
+        return allreduce.all_reduce_add_norm(part, x.contiguous(), norm.weight, norm.eps, self.channel)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         self._check()

@@ -108,7 +108,7 @@ class Chain:
             out = attend(qkv, self.cos, self.sin, *cache, self.start, **kw)
             x, normed = residual_triton.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
             weights, ids = router.route(normed, w.router, w.bias, self.top_k, normalise=True)
-            part = moe.moe(normed, ids, weights, w.experts)
+            part = moe.parts(normed, ids, weights, w.experts)
             left += [x, ids, part]
         return left
 

@@ -327,7 +327,7 @@ def test_machine_code(ranks, hidden, fused):
     constants = {
         "RANKS": ranks, "CAPACITY": capacity, "SPACE": allreduce.CELL, "RECEIVE": at.receive_ptx(ranks, capacity * 16),
         "PHASE": 0,
-    } | ({"PER_ROW": hidden // 4, "BLOCK": 1024 * packets} if fused else {})  # fmt: skip
+    } | ({"PER_ROW": hidden // 4, "BLOCK": 1024 * packets, "PARTS": 0} if fused else {})  # fmt: skip
     types = {n: t for n, t in POINTERS.items() if n in kernel.arg_names} | {"cycles": "i64", "eps": "fp32"}
     code, registers, _ = compile_for_sm90(kernel, types, constants, warps, 3)
     opcodes = [op for _, op, _ in code]

@@ -64,7 +64,7 @@ KERNELS = [
      {"OUT": "*bf16", "PARTS": "*fp32", "STATS": "*fp32", "START": "*i64", "SINK": "*fp32"}, JOIN, 4, 3, False),
     ("residual", "_add_rms_norm_kernel",
      dict.fromkeys(("SUM", "NORMED", "X", "UPDATE", "WEIGHT"), "*bf16") | {"eps": "fp32"},
-     {"H": 4096, "RANKS": 1, "BLOCK": 4096}, 16, 3, True),
+     {"H": 4096, "PARTS": 1, "BLOCK": 4096}, 16, 3, True),
     ("router", "_logits_kernel", {"PARTS": "*fp32", "X": "*bf16", "W": "*fp32"},
      {"E": 256, "H": 4096, "BE": 4, "BH": 512, "GROUP": 8}, 1, 3, True),
     ("router", "_choose_kernel",

@@ -71,11 +71,11 @@ def test_refusals():
         r"weight: torch.bfloat16 \[56\]": lambda: residual.add_rms_norm(x, None, weight[:56], 1e-5),
         "weight: torch.float32": lambda: residual.add_rms_norm(x, None, weight.float(), 1e-5),
         "update: torch.float32": lambda: residual.add_rms_norm(x, update.float(), weight, 1e-5),
-        r"\[3, 64\], expected torch.bfloat16 \[4, 64\] or \[ranks, 4, 64\]": lambda: residual.add_rms_norm(
+        r"\[3, 64\], expected torch.bfloat16 \[4, 64\], or of that or float32 \[parts, 4, 64\]": lambda: residual.add_rms_norm(
             x, update[:3], weight, 1e-5
         ),
-        "0 ranks": lambda: residual.add_rms_norm(x, update[None][:0], weight, 1e-5),
-        "17 ranks": lambda: residual.add_rms_norm(x, update.expand(17, -1, -1), weight, 1e-5),
+        "0 parts": lambda: residual.add_rms_norm(x, update[None][:0], weight, 1e-5),
+        "17 parts": lambda: residual.add_rms_norm(x, update.expand(17, -1, -1), weight, 1e-5),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
@@ -188,7 +188,7 @@ def test_machine_code(columns, ranks):
 
     warps = rt.warps_for(columns)
     block = 1 << (columns - 1).bit_length()
-    constants = {"H": columns, "RANKS": ranks, "BLOCK": block}
+    constants = {"H": columns, "PARTS": ranks, "BLOCK": block}
     pointers = dict.fromkeys(("SUM", "NORMED", "X", "UPDATE", "WEIGHT"), "*bf16") | {"eps": "fp32"}
     code, registers, shared = compile_for_sm90(rt._add_rms_norm_kernel, pointers, constants, warps, 1)
     ops = [op for _, op, _ in code]
