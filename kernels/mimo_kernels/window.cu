@@ -13,12 +13,12 @@
 // Macros: K, V (sizes of a head), HALF (rotated pairs), GROUP (query heads of a key-value head), SLOTS, SINK (0 or 1).
 // Names: g, t = lane / 4, lane % 4; s = slot.
 
-constexpr int WARPS = 16, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
+constexpr int WARPS = 8, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
 constexpr int TILES = (SLOTS + 7) / 8, ROUNDS = TILES / WARPS + 1;  // tiles of 8 keys; the last warp's last is the new tokens
 constexpr int KEYS = (TILES * 8 + TOKENS + 15) / 16 * 16, NEW = TILES * 8;  // rows of the values; where the new ones are
 constexpr int V_STRIDE = V + 8, P_STRIDE = KEYS + 8;                        // so that neighbouring rows are in other banks
 constexpr int DIMS = V / WARPS;                                             // of a warp in the second product
-static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 8 && ROWS % GROUP == 0, "heads");
+static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 16 && ROWS % GROUP == 0, "heads");
 
 typedef unsigned short bf16;
 
@@ -44,6 +44,19 @@ __device__ __forceinline__ void rotate(unsigned& first, unsigned& second, unsign
     second = bf16_pair(c * low(cos) + a * low(sin), d * high(cos) + b * high(sin));
 }
 
+// The cosines and sines of a row for a thread's pairs.
+struct Angles {
+    uint4 cos[PAIRS], sin[PAIRS];
+
+    __device__ __forceinline__ void load(const bf16* c, const bf16* s, int t) {
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            cos[j] = *reinterpret_cast<const uint4*>(c + j * 32 + t * 8);
+            sin[j] = *reinterpret_cast<const uint4*>(s + j * 32 + t * 8);
+        }
+    }
+};
+
 // A thread's share of a head: 8 neighbours of every 32, rotated by the angles of its row.
 struct Head {
     uint4 part[CHUNKS];
@@ -56,10 +69,10 @@ struct Head {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) part[j] = make_uint4(0, 0, 0, 0);
     }
-    __device__ __forceinline__ void turn(const bf16* cos, const bf16* sin, int t) {
+    __device__ __forceinline__ void turn(const Angles& by) {
 #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
-            const uint4 c = *reinterpret_cast<const uint4*>(cos + j * 32 + t * 8), s = *reinterpret_cast<const uint4*>(sin + j * 32 + t * 8);
+            const uint4 c = by.cos[j], s = by.sin[j];
             rotate(part[j].x, part[j + PAIRS].x, c.x, s.x);
             rotate(part[j].y, part[j + PAIRS].y, c.y, s.y);
             rotate(part[j].z, part[j + PAIRS].z, c.z, s.z);
@@ -86,9 +99,14 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     // Early, into the second-level cache only: whoever writes the ring may still be at work.
     for (int line = tid; line < SLOTS * K / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_k + line * 64));
     for (int line = tid; line < SLOTS * V / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_v + line * 64));
+    float own_sink[2] = {0, 0};  // in units of ln 2
+    if (SINK)
+#pragma unroll
+        for (int half = 0; half < 2; half++) own_sink[half] = sink[group * GROUP + (g + half * 8) % GROUP] * 1.4426950408889634f;
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 
+    // All loads before the first use: they wait for memory together.
     const int start = int(*start_at);
     for (int i = tid; i < NEW * (V / 8); i += blockDim.x) {
         const int s = i / (V / 8), d = i % (V / 8) * 8;
@@ -97,14 +115,17 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     Head q[2], key[ROUNDS];
+    Angles angles[2], new_angles;
     int token[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = g + half * 8;
         token[half] = min(first + row / GROUP, count - 1);
         q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
+        angles[half].load(cos + token[half] * HALF, sin + token[half] * HALF, t);
     }
     const bool has_new = warp == WARPS - 1;
+    new_angles.load(cos + min(g, count - 1) * HALF, sin + min(g, count - 1) * HALF, t);
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
         const int tile = i * WARPS + warp;
@@ -126,10 +147,10 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     }
 #pragma unroll
     for (int half = 0; half < 2; half++)
-        q[half].turn(cos + token[half] * HALF, sin + token[half] * HALF, t);
+        q[half].turn(angles[half]);
     if (has_new && g < count) {
         Head& mine = key[ROUNDS - 1];
-        mine.turn(cos + g * HALF, sin + g * HALF, t);
+        mine.turn(new_angles);
         if (first == 0)
 #pragma unroll
             for (int j = 0; j < CHUNKS; j++) *reinterpret_cast<uint4*>(ring_k + (start + g) % SLOTS * K + j * 32 + t * 8) = mine.part[j];
@@ -174,9 +195,8 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
 #pragma unroll
         for (int w = 1; w < WARPS; w++) above = fmaxf(above, tops[w][g + half * 8]);
         if (SINK) {
-            const float own = sink[group * GROUP + (g + half * 8) % GROUP] * 1.4426950408889634f;
-            above = fmaxf(above, own);
-            extra[half] = exp2f(own - above);
+            above = fmaxf(above, own_sink[half]);
+            extra[half] = exp2f(own_sink[half] - above);
         }
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
@@ -197,16 +217,17 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
 
-    float4 acc = make_float4(0, 0, 0, 0);
-    const unsigned v_at = __cvta_generic_to_shared(v_rows + lane % 16 * V_STRIDE + warp * DIMS);
+    float4 acc[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+    const unsigned v_at = __cvta_generic_to_shared(v_rows + lane % 16 * V_STRIDE + warp * DIMS + lane / 16 * 8);
 #pragma unroll
     for (int k = 0; k < KEYS; k += 16) {
-        unsigned b[2];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(b[0]), "=r"(b[1]) : "r"(v_at + k * V_STRIDE * 2));
+        unsigned b[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(v_at + k * V_STRIDE * 2));
         const unsigned* const p = reinterpret_cast<const unsigned*>(weights + g * P_STRIDE + k + 2 * t);
         const unsigned a[4] = {p[0], p[8 * P_STRIDE / 2], p[4], p[8 * P_STRIDE / 2 + 4]};
-        mma(acc, a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma(acc[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma(acc[1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -216,6 +237,8 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += sums[w][row];
         unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(to_row) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
-        *to = half ? bf16_pair(acc.z / total, acc.w / total) : bf16_pair(acc.x / total, acc.y / total);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            to[i * 4] = half ? bf16_pair(acc[i].z / total, acc[i].w / total) : bf16_pair(acc[i].x / total, acc[i].y / total);
     }
 }

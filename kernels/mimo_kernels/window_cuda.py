@@ -5,7 +5,7 @@ import torch
 from . import cuda, launch
 
 MAX_ROWS = 8
-_WARPS, _ROWS = 16, 16  # as in window.cu
+_WARPS, _ROWS = 8, 16  # as in window.cu
 _LOG2_E = 1.4426950408889634
 
 
@@ -25,7 +25,7 @@ def fits(
         and group > 0
         and _ROWS % group == 0
         and 1 <= count <= min(MAX_ROWS, len(qkv))
-        and v_dim == 8 * _WARPS
+        and v_dim == 16 * _WARPS
         and k_dim % 32 == 0
         and half % 32 == 0
         and 2 * half <= k_dim <= 256
