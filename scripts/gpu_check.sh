@@ -44,7 +44,7 @@ tests rounds tests/gpu/test_rounds_gpu.py -k "not tree" &
 tests trees tests/gpu/test_rounds_gpu.py -k tree &
 tests decoder tests/gpu/test_decoder_gpu.py tests/runtime/test_cuda.py &
 tests moe tests/gpu/test_moe_gpu.py &
-tests attention tests/gpu/test_attention_gpu.py &
+tests attention tests/gpu/test_attention_gpu.py tests/gpu/test_window_gpu.py &
 tests linear tests/gpu/test_linear_gpu.py &
 tests between tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py &
 tests launch-order tests/gpu/test_launch_order_gpu.py &
@@ -53,9 +53,9 @@ tests symmetric tests/gpu/test_symmetric_gpu.py &
 tests distill tests/gpu/test_head_loss_gpu.py tests/gpu/test_distill_gpu.py &
 wait
 for operator in moe prompt attention linear norm heads router layer codec; do kernels $operator; done
-MIMO_KERNELS_PDL=1 kernels layer -early
+MIMO_KERNELS_PDL=0 kernels layer -late # every kernel after the end of the one before
 bench flash-slice 1 --synthetic flash --layers 12
-MIMO_KERNELS_PDL=1 bench flash-slice-early 1 --synthetic flash --layers 12
+MIMO_KERNELS_PDL=0 bench flash-slice-late 1 --synthetic flash --layers 12
 bench flash-slice-plain-attention 1 --synthetic flash --layers 12 --attention plain
 bench flash-slice-plain-linears 1 --synthetic flash --layers 12 --linears plain
 bench flash-slice-plain-fusions 1 --synthetic flash --layers 12 --fusions plain

@@ -102,6 +102,8 @@ def test_the_wheel_works_without_the_source_tree(tmp_path):
         names = set(archive.namelist())
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == set(FLOOR)
     assert "mimo_qat/recipes/qat/demo.yaml" in names
+    sources = {f"mimo_kernels/{path.name}" for path in (ROOT / "kernels/mimo_kernels").glob("*.cu")}
+    assert sources and sources <= names
     recipe = site / "mimo_qat/recipes/model/mimo-v2.5-pro.json"
     code = "import mimo_kernels.mxfp4, mimo_runtime, mimo_qat; print(mimo_qat.__file__)"
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}

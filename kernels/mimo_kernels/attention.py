@@ -3,9 +3,11 @@
     out[t, n] = sum over seen slots s of p[t, n, s] * values[g, s],   g = n // (N / G)
     p = softmax over the seen slots of q[t, n] . keys[g, s] * scale, with exp(sink[n]) added to the denominator
 
-`reference` is the definition, in float32 or float64. `attention` is what a runtime calls: Triton kernels
-(`attention_triton`) on a GPU of compute capability 9 or more, the reference elsewhere. The committed length is a tensor
-on the device, so a CUDA graph of a call serves every length up to the capacity of the cache.
+`reference` is the definition, in float32 or float64. `attention` runs Triton kernels (`attention_triton`) on a GPU of
+compute capability 9 or more, the reference elsewhere. A runtime calls `window.attend`, which has rotation and cache
+writes with it: for up to 8 rows of a window CUDA C++ of its own (`window_cuda`), otherwise `heads` and this. The
+committed length is a tensor on the device, so a CUDA graph of a call serves every length up to the capacity of the
+cache.
 
 The cache is a ring: the row at position p lies in slot p % S. With `end` = start + T rows stored, slot s holds position
 end - 1 - (end - 1 - s) % S; a negative one means that nothing was stored yet. A cache that is never full is a ring too.

@@ -6,6 +6,10 @@ GB/s, and the share of a device copy measured in the same run. Instead of a file
 other operators out; `--sweep` times every tile of the Triton modules instead, from which their defaults are chosen. The
 last line is one JSON document.
 
+A row is the public function, whatever implementation that runs here. Where it is CUDA C++, a row "..., Triton" beside
+it times the other; rows of Triton say their tile in "config". `attention window` has two rows more, from the
+projection on: `window.attend`, and the rotation and the attention that it stands for.
+
 How it measures. Medians of CUDA events. An operator runs as a decode step runs it, in a CUDA graph; the graph holds 16
 calls, each on other experts, weights or caches, so that nothing a call reads is still in the second-level cache, and
 the time is a 16th. Where 16 key-value caches would all fit, every call comes after a pass over other memory, and the
@@ -27,9 +31,8 @@ from typing import Any
 
 import torch
 
-from . import fp8, linear, mxfp4, transcode
+from . import cuda, fp8, linear, linear_cuda, mxfp4, router_cuda, transcode, window_cuda
 from .moe import MAX_TOKENS, PAGE_K, PackedExperts
-from .moe_many import moe_many
 
 H200_COPY = 4280.0  # GB/s read plus written, measured
 CALLS = 16  # a graph
@@ -37,7 +40,6 @@ REPLAYS = 25
 COPY_BYTES = 2**30
 CODEC_EXPERTS = 16
 MXFP4_BYTES = 17 / 32  # a weight
-PROMPT = 256  # tokens of a chunk of a prompt
 CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
 LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
 L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
@@ -181,6 +183,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
 
 def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator[Row]:
     """Rows of one geometry at one degree, as they are measured."""
+    from . import bench_moe
+
     wanted = {args.only} if args.only else set(OPERATORS)
     base = {"model": g.name, "tp": tp}
     if "moe" in wanted:
@@ -189,12 +193,14 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
             size = distinct * packed.bytes_per_expert
             rows: Iterable[Row] = [{"operator": "moe", "bytes": size}]
             if gpu:
-                rows = (sweep if args.sweep else measure_moe)(packed, routings(g, args.tokens, distinct), size)
+                rows = (bench_moe.sweep if args.sweep else bench_moe.measure_moe)(
+                    packed, routings(g, args.tokens, distinct), size
+                )
             yield from (base | {"experts": distinct} | row for row in rows)
         del packed
     if "prompt" in wanted and not args.sweep:
         packed = synthetic_experts(g, tp, "cuda" if gpu else "meta")
-        yield base | {"experts": g.distinct(PROMPT)} | prompt_row(g, packed, gpu)
+        yield base | {"experts": g.distinct(bench_moe.PROMPT)} | bench_moe.prompt_row(g, packed, gpu)
         del packed
     if "attention" in wanted:
         for a in g.attention:
@@ -260,66 +266,6 @@ def routings(g: Geometry, tokens: int, distinct: int) -> list[torch.Tensor]:
     return [order[(call * distinct + at) % g.experts].view(tokens, -1).int().cuda() for call in range(CALLS)]
 
 
-def measure_moe(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:
-    """The whole operator, then its parts; `size` bytes of weights."""
-    from . import moe_triton
-
-    config = moe_triton.config_for(*packed.padded)
-    x, weights = _activations(packed, ids[0])
-    prepared = [moe_triton.prepare(x, i, weights, packed, config) for i in ids]
-    hidden = [moe_triton.gate_up(p, packed, config) for p in prepared]
-    calls: dict[str, tuple[float, Callable[[int], object]]] = {
-        "moe": (1, lambda c: moe_triton.moe(x, ids[c], weights, packed, config)),
-        "moe: lists and x": (0, lambda c: moe_triton.prepare(x, ids[c], weights, packed, config)),
-        "moe: gate, up, SwiGLU": (2 / 3, lambda c: moe_triton.gate_up(prepared[c], packed, config)),
-        "moe: down, combine": (1 / 3, lambda c: moe_triton.down(hidden[c], prepared[c], packed, config, len(x))),
-    }
-    return [
-        {"operator": name, "bytes": round(size * share), "us": graph_microseconds(call), "config": asdict(config)}
-        for name, (share, call) in calls.items()
-    ]
-
-
-def prompt_row(g: Geometry, packed: PackedExperts, gpu: bool) -> Row:
-    """The experts of a prompt's chunk, every token with its own."""
-    row: Row = {"operator": f"moe of {PROMPT} tokens", "bytes": g.distinct(PROMPT) * packed.bytes_per_expert}
-    if gpu:
-        ids = torch.rand(PROMPT, g.experts, device="cuda").topk(g.top_k).indices
-        x = torch.randn(PROMPT, g.hidden, device="cuda").bfloat16()
-        weights = torch.full(ids.shape, 1 / g.top_k, device="cuda")
-        row["us"] = microseconds(lambda: moe_many(x, ids, weights, packed))
-    return row
-
-
-def sweep(packed: PackedExperts, ids: list[torch.Tensor], size: int) -> list[Row]:
-    """Both products with every tile that divides the shape, the down product with every number of groups."""
-    from . import moe_triton as mt
-
-    default = mt.config_for(*packed.padded)
-    x, weights = _activations(packed, ids[0])
-    hidden, inter = packed.padded
-    rows: list[Row] = []
-    prepared = [mt.prepare(x, i, weights, packed, default) for i in ids]
-    for t in (t for t in mt.TILES if hidden % t.k == 0):
-        config = mt.Config(t, default.down, default.groups)
-        us = graph_microseconds(lambda c: mt.gate_up(prepared[c], packed, config))  # noqa: B023
-        rows.append({"operator": f"up {t.rows}x{t.k} w{t.warps} s{t.stages}", "bytes": round(size * 2 / 3), "us": us})
-    states = [mt.gate_up(p, packed, default) for p in prepared]
-    for t in (t for t in mt.TILES if inter % t.k == 0):
-        for groups in (1, 2, 4, 8):
-            config = mt.Config(default.gate_up, t, groups)
-            prepared = [mt.prepare(x, i, weights, packed, config) for i in ids]
-            us = graph_microseconds(lambda c: mt.down(states[c], prepared[c], packed, config, len(x)))  # noqa: B023
-            name = f"down {t.rows}x{t.k} w{t.warps} s{t.stages} g{groups}"
-            rows.append({"operator": name, "bytes": round(size / 3), "us": us})
-    return rows
-
-
-def _activations(packed: PackedExperts, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(len(ids), packed.hidden, device="cuda").bfloat16()
-    return x, torch.rand(ids.shape, device="cuda").softmax(-1)
-
-
 def matrices(g: Geometry, tp: int) -> list[tuple[str, int, int, bool]]:
     """(name, N, K, whether FP8) of the products of one rank that are not experts."""
     if not g.attention:
@@ -340,15 +286,20 @@ def linear_rows(name: str, shape: tuple[int, int], is_fp8: bool, tokens: int, ev
 
     x = torch.randn(tokens, k, device="cuda").bfloat16()
     weights = [random_weight(n, k, is_fp8) for _ in range(copies(size))]
+    rows: list[Row] = []
+    if not every:
+        us = graph_microseconds(lambda c: linear.linear(x, weights[c % len(weights)]))
+        rows.append({"operator": label, "bytes": size, "us": us})
+        if not (cuda.usable(x.device) and linear_cuda.fits(weights[0], tokens)):
+            return rows
     configs = [lt.config_for(n, k, is_fp8)]
     if every:
         tiles = [t for t in (lt.FP8_TILES if is_fp8 else lt.BF16_TILES) if k % t.k == 0]
         configs = [lt.Config(t, slices) for t in tiles for slices in (1, 2, 4, 8) if k % (t.k * slices) == 0]
-    rows: list[Row] = []
     for config in configs:
         us = graph_microseconds(lambda c: lt.linear(x, weights[c % len(weights)], config))  # noqa: B023
         t = config.tile
-        tile = f" {t.rows}x{t.k} w{t.warps} s{t.stages} k{config.slices}" if every else ""
+        tile = f" {t.rows}x{t.k} w{t.warps} s{t.stages} k{config.slices}" if every else ", Triton"
         rows.append({"operator": label + tile, "bytes": size, "us": us, "config": asdict(config)})
     return rows
 
@@ -392,7 +343,37 @@ def attention_rows(a: Heads, context: int, tokens: int, gpu: bool, every: bool) 
         block = f" {config.rows}x{config.keys} w{config.warps} s{config.stages} k{config.splits}" if every else ""
         us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
         rows.append({"operator": label + block, "bytes": size, "us": us, "config": asdict(config)})
+    if a.window and not every:
+        rows += projected_rows(a, tokens, (keys, values, start, sink), size)
     return rows
+
+
+def projected_rows(a: Heads, tokens: int, cache: tuple, size: int) -> list[Row]:
+    """Attention over a window from the projection on: what runs, and rotation and attention as two launches."""
+    from . import attention, heads, window
+
+    keys, values, start, sink = cache
+    qkv = torch.randn(tokens, a.qkv_rows, device="cuda").bfloat16()
+    cos, sin = torch.randn(2, tokens, a.rotated // 2, device="cuda").bfloat16()
+    kw: dict[str, Any] = {"scale": a.k_dim**-0.5, "window": a.window, "sink": sink}
+
+    def one(c: int) -> torch.Tensor:
+        here = keys[c % len(keys)], values[c % len(keys)]
+        return window.attend(qkv, cos, sin, *here, start, count=tokens, value_scale=0.6, **kw)
+
+    def two(c: int) -> torch.Tensor:
+        here = keys[c % len(keys)], values[c % len(keys)]
+        q = heads.split_heads(qkv, cos, sin, *here, start, count=tokens, value_scale=0.6)
+        return attention.attention(q, *here, start, **kw)
+
+    calls = {"attention window of qkv": one}
+    if cuda.usable(qkv.device) and window_cuda.fits(qkv, cos, keys[0], values[0], tokens, a.window or 0):
+        calls["attention window of qkv, Triton"] = two
+    size += 2 * qkv.numel()
+    flush = CALLS * size < L2_BYTES
+    return [
+        {"operator": name, "bytes": size, "us": graph_microseconds(call, flush=flush)} for name, call in calls.items()
+    ]
 
 
 def norm_rows(hidden: int, tp: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
@@ -443,15 +424,19 @@ def router_rows(g: Geometry, tokens: int, gpu: bool, every: bool) -> list[Row]:
     x = torch.randn(tokens, g.hidden, device="cuda").bfloat16()
     routers = torch.randn(copies(size), g.experts, g.hidden, device="cuda") / g.hidden**0.5
     bias = torch.randn(g.experts, device="cuda") / 10
+    configs: list[tuple[str, rt.Config | None]] = [("router", None)]
+    if every:
+        configs = [(f"router {config.experts}x{config.columns}", config) for config in rt.CONFIGS]
+    elif cuda.usable(x.device) and router_cuda.fits(g.hidden):
+        configs.append(("router, Triton", rt.CONFIGS[0]))
     rows: list[Row] = []
-    for config in rt.CONFIGS if every else rt.CONFIGS[:1]:
+    for name, config in configs:
 
         def call(c: int) -> object:
             return rt.route(x, routers[c % len(routers)], bias, g.top_k, normalise=True, config=config)  # noqa: B023
 
         us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
-        name = f"router {config.experts}x{config.columns}" if every else "router"
-        rows.append({"operator": name, "bytes": size, "us": us, "config": asdict(config)})
+        rows.append({"operator": name, "bytes": size, "us": us} | ({"config": asdict(config)} if config else {}))
     return rows
 
 

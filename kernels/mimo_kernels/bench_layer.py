@@ -5,7 +5,7 @@ another one. So a graph holds `CALLS` layers, each with other weights, experts a
 through all of them. The expert ids are given, as in the operator `moe`, and not those that the router chooses: the
 router's weights are used. There is no all-reduce.
 
-The row says whether programmatic dependent launch was on; MIMO_KERNELS_PDL=1 turns it on.
+The row says whether programmatic dependent launch was on; MIMO_KERNELS_PDL=0 turns it off.
 """
 
 from collections.abc import Callable

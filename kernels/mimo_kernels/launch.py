@@ -4,25 +4,32 @@ A decode step is some hundred short kernels, so that the gaps between them and t
 long as their work. A kernel launched with `dependent` may begin before its predecessor has ended; it computes addresses
 and asks for its weights, then waits until the predecessor is complete and its writes are visible.
 
-Rules, for every kernel that takes the keywords of `dependent`:
+Rules, for every kernel that takes the keywords of `dependent`, Triton's and those of `cuda` alike:
 
-1. Every program calls `wait`, also one that exits early, before it loads anything and before it stores anything. Not
-   only what the predecessor wrote: the caching allocator hands its buffers on, so that an early store would overwrite
-   what a predecessor still reads. No program passes before the whole predecessor is complete, which waited for its own
-   predecessor, so everything earlier is complete as well.
-2. Before it a program computes addresses, and may `prefetch` what lies at addresses that no earlier kernel computes:
-   weights, or a ring of keys that is read whole. A prefetch brings a line into the second-level cache, which all
-   multiprocessors and all kernels share, so it cannot return an old value, whoever writes the line and whenever. Loads
-   before the wait could, and are not allowed.
-3. `wait` lets the successor begin at once after it. Then all programs of this kernel are on multiprocessors, so that
-   waiting programs of the successor take no place from them, and only one kernel is ahead.
+1. Every thread waits, also one that exits early, before it stores anything and before it loads what a kernel of a step
+   writes. Not only what the predecessor wrote: the caching allocator hands its buffers on, so that an early store would
+   overwrite what a predecessor still reads. No thread passes before the whole predecessor is complete, and all of the
+   predecessor waited for its own; so after the wait everything earlier is complete.
+2. Before it a thread may load what no kernel of a step writes: weights, which have been written long before. What is
+   written in a step, but lies at addresses that no earlier kernel computes, such as a ring of keys that is read whole,
+   it may prefetch. A prefetch brings a line into the second-level cache, which all multiprocessors and all kernels
+   share, so it cannot return an old value, whoever writes the line and whenever. Triton's kernels prefetch their
+   weights too: nothing there keeps the compiler from moving a load across the wait, nor a use of it before.
+   Early loads of CUDA kernels are volatile assembly without `.nc`: ptxas moves the wait before loads through the
+   read-only path, and what was meant to be early is late.
+3. A kernel lets its successor begin at once, before its own wait, unless its source says otherwise. So several kernels
+   may be ahead. The blocks of the next one come when all blocks of this one have let them, hence are on
+   multiprocessors: each kernel is placed completely before the next one's blocks come, and nobody who waits takes the
+   place of somebody who is waited for. Two kernels let the successor begin later, to keep its weights out of their way:
+   `attend` of window.cu after its wait, so that they do not come before its heads; `experts` of moe.cu in the last turn
+   of a block.
 
-A kernel launched without the keywords, by torch or by `allreduce_triton`, begins after the one before it has ended, as
-ever; and one that never calls `wait` lets its successor begin when it ends.
+A kernel launched without the keywords, by torch, begins after the one before it has ended, as ever; and one that lets
+nobody begin has a successor that begins when it ends.
 
-MIMO_KERNELS_PDL=1 in the environment turns it on; it is read once a process. It is off otherwise, because no GPU has
-run it yet and what could go wrong, a race, shows neither in Triton's interpreter nor in compiled code. When off,
-kernels are launched one after the other and their code has no trace of it. Off below compute capability 9 in any case.
+It is on where it can be, from compute capability 9 on. MIMO_KERNELS_PDL=0 in the environment turns it off, to compare;
+it is read once a process. When off, kernels are launched one after the other, and the code of Triton's has no trace of
+it. Bits are the same.
 """
 
 import os
@@ -39,8 +46,8 @@ _PREFETCH_BYTES = 2**16  # a program: three on each of 132 multiprocessors ask f
 
 @cache
 def switched_on() -> bool:
-    """Whether the environment allows it."""
-    return os.environ.get("MIMO_KERNELS_PDL", "0") == "1"
+    """Whether the environment allows it: all but MIMO_KERNELS_PDL=0."""
+    return os.environ.get("MIMO_KERNELS_PDL", "1") != "0"
 
 
 @cache
@@ -62,7 +69,7 @@ def prefetched_lines(rows: int, row_bytes: int) -> int:
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """With PDL: until the kernel before is complete. Then lets the next one begin."""
+    """With PDL: lets the next kernel begin, then waits until the one before is complete."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

@@ -1,10 +1,14 @@
 """y = x W^T for the 1 to 16 tokens of a decode step, W in BF16 or in block FP8 (`fp8`): QKV, output, MLP and head.
 
-`reference` is the definition, in float32 or float64. `linear` is what a runtime calls: Triton kernels
-(`linear_triton`) on a GPU of compute capability 9 or more, the reference elsewhere. An FP8 product adds up 128 weights
-of a row without their scale, which is exact but for float32 rounding, multiplies, and goes on: no weight is rounded.
-The bits of a token depend on its own x and on the shapes, not on its neighbours, on timing, or on the run. (One shape
-is up to 8 tokens, the other up to 16.)
+`reference` is the definition, in float32 or float64. `linear` is what a runtime calls. On a GPU of compute capability
+9 or more it runs
+    up to 8 tokens   CUDA C++ (`linear_cuda`), where the GPU and the shapes are its own (`cuda.usable`,
+                     `linear_cuda.fits`: up to 8192 rows, K a whole number of loads for 16 warps)
+    otherwise        Triton (`linear_triton`)
+and the reference elsewhere. An FP8 product adds up some weights of a row that share a scale without it (64 in CUDA, 128
+in Triton), which is exact but for float32 rounding, multiplies, and goes on: no weight is rounded. The bits of a token
+depend on its own x, on the shapes and on which of the two runs (another is up to 8 tokens, and up to 16), not on its
+neighbours, on timing, or on the run.
 
 FP8 weights keep their codes as stored, rows of bytes. Only the scales are rearranged, to one for 64 rows x 128 columns:
 heads of 192 and 128 rows begin at multiples of 64, so a fused QKV weight whose chunks restart the tile grid, and any

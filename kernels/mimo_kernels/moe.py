@@ -4,10 +4,13 @@
     c[t, e] = the sum of weights[t, j] with ids[t, j] == e; 0 where e is not routed
 
 `reference` is the definition, in float32 or float64 from the codes and scale bytes of a checkpoint. `moe` is what a
-runtime calls, on weights that `pack_experts` has rearranged once: Triton kernels (`moe_triton`) on a GPU of compute
-capability 9 or more, the reference elsewhere. The kernels round the hidden activations to BF16 and sum in float32,
-experts in ascending id inside fixed ranges of ids. So the bits of a token depend on its own routing and on the shapes,
-not on its neighbours, on timing, or on the run. (One shape is up to 8 tokens, the other up to 16.)
+runtime calls, on weights that `pack_experts` has rearranged once. On a GPU of compute capability 9 or more it runs
+    up to 8 tokens   CUDA C++ (`moe_cuda`), where the GPU and the shapes are its own (`cuda.usable`, `moe_cuda.fits`)
+    otherwise        Triton (`moe_triton`)
+and the reference elsewhere. Kernels round the hidden activations to BF16 and sum in float32, experts in ascending id:
+those of the token in CUDA, inside fixed ranges of ids in Triton. So the bits of a token depend on its own routing, on
+the shapes and on which of the two runs (another is up to 8 tokens, and up to 16), not on its neighbours, on timing, or
+on the run.
 
 The packed layout. Whoever unpacks four-bit codes pays in integer instructions, and a GPU that streams weights at full
 speed has about four a weight in all. Here three of four codes cost a shift and an AND for two weights.
@@ -251,7 +254,7 @@ def _check_tokens(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exp
     if x.dtype != torch.bfloat16 or x.shape[1] != experts.hidden:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {experts.hidden}]")
     if not 1 <= len(x) <= MAX_TOKENS:
-        raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use a grouped product for more")
+        raise ValueError(f"x: {len(x)} tokens; give 1 to {MAX_TOKENS} at a time, use `moe_many` for more")
 
 
 def _check_routing(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:

@@ -6,10 +6,12 @@
 
 The bias steers the selection only. With a bias per position, row t has that of positions[t] % P.
 
-`reference` is the definition, in float32 or float64. `route` is what a runtime calls: two Triton launches
-(`router_triton`) on a GPU of compute capability 9 or more, the reference elsewhere. The bits of a row depend on its own
-x and on the shapes of router and bias, not on its neighbours, on timing, or on the run. Two experts whose logits lie
-within a rounding of each other may change places between the reference and the kernels.
+`reference` is the definition, in float32 or float64. `route` is what a runtime calls: two launches (`router_triton`) on
+a GPU of compute capability 9 or more, the reference elsewhere. The second, the choice, is Triton's; the first, the
+logits, is CUDA C++ (`router_cuda`) where the GPU is its own (`cuda.usable`) and H a multiple of 1024, for all row
+counts, else Triton's too. The bits of a row depend on its own x, on the shapes of router and bias and on which of them
+runs, not on its neighbours, on their number, on timing, or on the run. Two experts whose logits lie within a rounding
+of each other may change places between the reference and the kernels, and between the two.
 
 Ids are always those of experts, and distinct, whatever x holds: NaN counts as the largest score, as in torch.topk.
 

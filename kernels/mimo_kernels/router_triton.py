@@ -1,4 +1,4 @@
-"""Routing in two launches. `router` defines it.
+"""Routing in two launches. `router` defines it. The first is that of `router_cuda` where its shape fits.
 
     _logits_kernel  some experts and one slice of H for all rows a program, of one warp: partial logits
     _choose_kernel  one row a program, of one warp: adds the slices in ascending order, sigmoid, the k largest
@@ -123,12 +123,16 @@ def route(
     normalise: bool,
     scaling: float = 1.0,
     positions: torch.Tensor | None = None,
-    config: Config = CONFIGS[0],
+    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`router.route` for checked CUDA arguments (or, in Triton's interpreter, for CPU ones)."""
+    """`router.route` for checked CUDA arguments (or, in Triton's interpreter, for CPU ones).
+
+    With `config` both launches are Triton's, whatever runs otherwise.
+    """
     (rows, hidden), experts = x.shape, len(router)
     x, bias = x.contiguous(), bias.contiguous()
-    few = cuda.usable(x.device) and router_cuda.fits(hidden)
+    few = config is None and cuda.usable(x.device) and router_cuda.fits(hidden)
+    config = config or CONFIGS[0]
     slices = 1 if few else triton.cdiv(hidden, config.columns)
     parts = router_cuda.logits(x, router) if few else x.new_empty(slices, rows, experts, dtype=torch.float32)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)

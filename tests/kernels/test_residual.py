@@ -71,8 +71,8 @@ def test_refusals():
         r"weight: torch.bfloat16 \[56\]": lambda: residual.add_rms_norm(x, None, weight[:56], 1e-5),
         "weight: torch.float32": lambda: residual.add_rms_norm(x, None, weight.float(), 1e-5),
         "update: torch.float32": lambda: residual.add_rms_norm(x, update.float(), weight, 1e-5),
-        r"\[3, 64\], expected torch.bfloat16 \[4, 64\], or of that or float32 \[parts, 4, 64\]": lambda: residual.add_rms_norm(
-            x, update[:3], weight, 1e-5
+        r"\[3, 64\], expected torch.bfloat16 \[4, 64\], or of that or float32 \[parts, 4, 64\]": lambda: (
+            residual.add_rms_norm(x, update[:3], weight, 1e-5)
         ),
         "0 parts": lambda: residual.add_rms_norm(x, update[None][:0], weight, 1e-5),
         "17 parts": lambda: residual.add_rms_norm(x, update.expand(17, -1, -1), weight, 1e-5),
