@@ -1,8 +1,8 @@
 """CUDA C++ kernels of this package: compiled by NVRTC when they are first used, launched on torch's current stream.
 
-A kernel is a function of a `.cu` file beside this one. Shapes are macros (`SHAPES` of the file), so that loops have
-constant bounds; what changes from call to call is an argument. NVRTC and the driver are reached through NVIDIA's
-`cuda.bindings`, which torch's CUDA builds bring along; no compiler and no headers of the user's machine take part.
+A kernel is a function of a `.cu` file beside this one. Shapes are macros, so that loops have constant bounds; what
+changes from call to call is an argument. NVRTC and the driver are reached through NVIDIA's `cuda.bindings`, which
+torch's CUDA builds bring along; no compiler and no headers of the user's machine take part.
 
 Triton's kernels stay beside these: they are the other opinion in tests, and what runs where a shape does not fit.
 """
@@ -52,9 +52,10 @@ def cubin(source: str, shapes: tuple[tuple[str, int], ...]) -> bytes:
     """Machine code of `source`. RuntimeError with the compiler's words when it does not compile."""
     from cuda.bindings import nvrtc
 
-    text = (Path(__file__).parent / source).read_bytes()
+    folder = Path(__file__).parent
+    text, header = (folder / source).read_bytes(), (folder / "ptx.cuh").read_bytes()
     options = [f"--gpu-architecture={ARCH}", "--std=c++17", *(f"-D{name}={value}" for name, value in shapes)]
-    program = _values(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
+    program = _values(nvrtc.nvrtcCreateProgram(text, source.encode(), 1, [header], [b"ptx.cuh"]))
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         if int(code) != 0:

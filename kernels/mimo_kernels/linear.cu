@@ -17,29 +17,15 @@ constexpr int UNITS = K / WARPS / UNIT;
 static_assert(UNITS * UNIT * WARPS == K, "K");
 constexpr int AHEAD = UNITS % 4 == 0 ? 4 : UNITS % 3 == 0 ? 3 : UNITS % 2 == 0 ? 2 : 1;
 
-__device__ __forceinline__ uint4 stream(const void* at) {  // weights: read once. With .nc, ptxas puts the wait before the loads
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc.x), "+f"(acc.y), "+f"(acc.z), "+f"(acc.w)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+#include "ptx.cuh"
 
 // Two E4M3 codes in bytes 1 and 3 -> their values as a pair of BF16, exactly.
-__device__ __forceinline__ unsigned from_e4m3(unsigned codes) {
-    unsigned v;
-    const unsigned bits = (codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u);
-    asm("mul.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(bits), "r"(0x7B807B80u));  // 2**120
-    return v;
+DEVICE unsigned from_e4m3(unsigned codes) {
+    return multiply_pairs((codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u), 0x7B807B80u);  // by 2**120
 }
 
 // acc += rows g and g + 8, whose 16 bytes are a and b, times the activations v of the same columns.
-__device__ __forceinline__ void multiply(float4& acc, const uint4& a, const uint4& b, const uint4 (&v)[FP8 + 1], float scale) {
+DEVICE void multiply(float4& acc, const uint4& a, const uint4& b, const uint4 (&v)[FP8 + 1], float scale) {
     const unsigned p[4] = {a.x, a.y, a.z, a.w}, q[4] = {b.x, b.y, b.z, b.w};
 #if FP8
     float4 part = make_float4(0, 0, 0, 0);
@@ -62,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 linear(unsigned short* out, const char* w, const float* scales, const char* x, int rows, int tokens) {
     constexpr int SIZE = FP8 ? 1 : 2, CHUNKS = UNITS / AHEAD;
     __shared__ float sums[WARPS][STRIPS][32][4];
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_successor_begin();
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int row = blockIdx.x * ROWS, first = warp * (K / WARPS);
     const char* at[STRIPS][2];
@@ -78,12 +64,12 @@ linear(unsigned short* out, const char* w, const float* scales, const char* x, i
 #pragma unroll
         for (int s = 0; s < STRIPS; s++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) ahead[d][s][half] = stream(at[s][half] + unit * UNIT * SIZE);
-        if (FP8) asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale[d]) : "l"(scale_at + (first + unit * UNIT) / 128) : "memory");
+            for (int half = 0; half < 2; half++) ahead[d][s][half] = early(reinterpret_cast<const uint4*>(at[s][half] + unit * UNIT * SIZE));
+        if (FP8) scale[d] = early(scale_at + (first + unit * UNIT) / 128);
     };
 #pragma unroll
     for (int d = 0; d < AHEAD; d++) fetch(d, d);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_predecessor();
 
     float4 acc[STRIPS];
 #pragma unroll
@@ -113,8 +99,6 @@ linear(unsigned short* out, const char* w, const float* scales, const char* x, i
 #pragma unroll
         for (int i = 0; i < WARPS; i++) sum += part[i * ROWS * 8];
         const int l = tid % 128 / 4, n = l % 4 * 2 + tid % 2, r = row + tid / 128 * 16 + l / 4 + tid % 4 / 2 * 8;
-        unsigned short v;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(sum));
-        if (n < tokens && r < rows) out[size_t(n) * rows + r] = v;
+        if (n < tokens && r < rows) out[size_t(n) * rows + r] = bf16_pair(sum, 0) & 0xFFFF;
     }
 }

@@ -19,46 +19,14 @@ constexpr int TOKENS = 8, WARPS = 16, PAGE = 64;        // PAGE in uint4, scales
 constexpr int QUARTERS = 4, STRIPS = WARPS / QUARTERS;       // strips of 16 rows
 constexpr int WORDS = (EXPERTS + 31) / 32, SLOTS = TOKENS * TOP_K;
 
-__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_successor_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
-
-__device__ __forceinline__ uint4 stream(const uint4* at) {  // weights: read once
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ unsigned stream(const unsigned char* at) {
-    unsigned v;
-    asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(v) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
-__device__ __forceinline__ unsigned scaled(unsigned w, unsigned scale) {
-    unsigned v;
-    asm("mul.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(w), "r"(scale));
-    return v;
-}
+#include "ptx.cuh"
 
 // Two words -> their codes c of both, times 2**-126, as pairs of BF16.
-__device__ __forceinline__ void unpack(unsigned w, unsigned (&out)[4]) {
+DEVICE void unpack(unsigned w, unsigned (&out)[4]) {
     out[0] = w & 0x81C081C0u;
     out[1] = (w << 3) & 0x81C081C0u;
     out[2] = (w << 6) & 0x81C081C0u;
     out[3] = ((w << 1) & 0x80008000u) | ((w >> 3) & 0x01800180u) | ((w >> 7) & 0x00400040u);
-}
-
-__device__ __forceinline__ void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc.x), "+f"(acc.y), "+f"(acc.z), "+f"(acc.w)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // A thread's part of a page: its words and scales of rows g and g + 8.
@@ -66,7 +34,7 @@ struct Page {
     uint4 words[2];
     unsigned scales[2];
 
-    __device__ __forceinline__ void load(const uint4* w, const unsigned char* s, int lane) {
+    DEVICE void load(const uint4* w, const unsigned char* s, int lane) {
         words[0] = stream(w + lane);
         words[1] = stream(w + 32 + lane);
         scales[0] = stream(s + lane);
@@ -74,8 +42,8 @@ struct Page {
     }
 
     // acc += this page times the activations in the slots from `x` on.
-    __device__ __forceinline__ void multiply(float4& acc, const uint4* x) const {
-        const unsigned low = scales[0] * 0x00800080u, high = scales[1] * 0x00800080u;  // pairs of 2**(b - 1)
+    DEVICE void multiply(float4& acc, const uint4* x) const {
+        const unsigned of_g = scales[0] * 0x00800080u, of_8 = scales[1] * 0x00800080u;  // pairs of 2**(b - 1)
         const unsigned a[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
         const unsigned b[4] = {words[1].x, words[1].y, words[1].z, words[1].w};
 #pragma unroll
@@ -84,7 +52,7 @@ struct Page {
             unpack(a[i], p);
             unpack(b[i], q);
 #pragma unroll
-            for (int c = 0; c < 4; c++) p[c] = scaled(p[c], low), q[c] = scaled(q[c], high);
+            for (int c = 0; c < 4; c++) p[c] = multiply_pairs(p[c], of_g), q[c] = multiply_pairs(q[c], of_8);
             const uint4 v = x[i * 32];
             mma(acc, p[0], q[0], p[1], q[1], v.x, v.y);
             mma(acc, p[2], q[2], p[3], q[3], v.z, v.w);
@@ -98,14 +66,14 @@ struct List {
     short experts[SLOTS];
     int count;
 
-    __device__ __forceinline__ int before(int e) const {  // how many listed ids are below e
+    DEVICE int before(int e) const {  // how many listed ids are below e
         int n = 0;
 #pragma unroll
         for (int w = 0; w < WORDS; w++) n += __popc(e / 32 > w ? present[w] : e / 32 == w ? present[w] & ((1u << (e % 32)) - 1) : 0);
         return n;
     }
 
-    __device__ __forceinline__ void build(int id, bool given) {  // of every thread: an id, and whether it has one
+    DEVICE void build(int id, bool given) {  // of every thread: an id, and whether it has one
         const int tid = threadIdx.x;
         for (int w = tid; w < WORDS; w += blockDim.x) present[w] = 0;
         __syncthreads();
@@ -125,7 +93,7 @@ struct Routing {
     signed char place[SLOTS][TOKENS];  // of the expert among those of the token, ascending, or -1
     int distinct[TOKENS];              // experts of the token
 
-    __device__ __forceinline__ void build(const int* ids, const float* weights, int tokens) {
+    DEVICE void build(const int* ids, const float* weights, int tokens) {
         const int tid = threadIdx.x, n = tid / TOP_K;
         const bool given = tid < tokens * TOP_K;
         int own[TOP_K];  // all ids of this thread's token
@@ -160,9 +128,9 @@ struct Source {
     const uint4* words;
     const unsigned char* scales;
 
-    __device__ __forceinline__ Source(const uint4* w, const unsigned char* s, size_t page) : words(w + page * PAGE), scales(s + page * PAGE) {}
-    __device__ __forceinline__ Source() : words(nullptr), scales(nullptr) {}
-    __device__ __forceinline__ void load(Page& page, int d, int lane) const {
+    DEVICE Source(const uint4* w, const unsigned char* s, size_t page) : words(w + page * PAGE), scales(s + page * PAGE) {}
+    DEVICE Source() : words(nullptr), scales(nullptr) {}
+    DEVICE void load(Page& page, int d, int lane) const {
         if (words) page.load(words + d * PAGE, scales + d * PAGE, lane);
     }
 };
@@ -259,7 +227,7 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
         }
         float4* const part = sums + ((turn % 2) * STRIPS + strip) * QUARTERS * 32 + lane;
         part[quarter * 32] = acc;
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + strip), "n"(QUARTERS * 32) : "memory");
+        meet<QUARTERS * 32>(1 + strip);
         if (quarter == turn % QUARTERS) {  // two turns later nobody reads this buffer: this warp has to come to the next barrier
             float4 sum = part[0];
 #pragma unroll
@@ -275,7 +243,7 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
             at[0] = both & 0xFFFF;
             at[4 * 8] = both >> 16;
             __syncwarp();
-            if (lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(ready + u) : "memory");
+            if (lane == 0) publish(ready + u);
         }
     }
     if (blockIdx.x >= items && blockIdx.x < rows) {
@@ -291,8 +259,7 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
     auto ask = [&](int stage) {  // whether what a stage copies is there; the answer is read at the copy
 #pragma unroll
         for (int i = 0; i < COPIES; i++)
-            if (item_of(stage, i) < rows)
-                asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(flags[i]) : "l"(ready + item_of(stage, i) / ROWS) : "memory");
+            if (item_of(stage, i) < rows) flags[i] = look(ready + item_of(stage, i) / ROWS);
     };
     auto copy = [&](int stage) {
 #pragma unroll
@@ -300,21 +267,20 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
             const int item = item_of(stage, i), at = i * WARPS * 32 + tid;
             if (item < rows) {
                 for (int tries = 0; flags[i] < INTER / 8; tries++) {
-                    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(flags[i]) : "l"(ready + item / ROWS) : "memory");
+                    flags[i] = look(ready + item / ROWS);
                     if (tries > 1 << 24) __trap();  // seconds: a block that should be there is not
                 }
                 // From the second-level cache, where the strips were before their count: nothing older can come.
-                const unsigned to = __cvta_generic_to_shared(ring + stage % STAGES * STAGE + at);
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(between + item / ROWS * (INNER * 128) + at % (INNER * 128)) : "memory");
+                copy_async(ring + stage % STAGES * STAGE + at, between + item / ROWS * (INNER * 128) + at % (INNER * 128), true);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
     };
     ask(0);
     for (int stage = 0; stage < STAGES - 1; stage++) copy(stage), ask(stage + 1);
     turn = 0;
     for (int item = blockIdx.x; item < rows; item += SPAN * step, turn++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        wait_for_copies<STAGES - 2>();
         __syncthreads();  // everybody's copies are there, and nobody reads the stage that is filled next
         copy(turn + STAGES - 1);
         ask(turn + STAGES);

@@ -9,27 +9,19 @@
 constexpr int TOKENS = 8 /* a pass */, WARPS = 8, EXPERTS_A_BLOCK = 2, STEPS = HIDDEN / (WARPS * 32 * 4);
 static_assert(STEPS * WARPS * 32 * 4 == HIDDEN, "HIDDEN");
 
-__device__ __forceinline__ float4 stream(const float4* at) {  // weights: read once. With .nc, ptxas puts the wait before the loads
-    float4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+#include "ptx.cuh"
 
 // out float32 [tokens, experts] <- x bf16 [tokens, HIDDEN] times w float32 [experts, HIDDEN] transposed.
 extern "C" __global__ void __launch_bounds__(EXPERTS_A_BLOCK * WARPS * 32)
-logits(float* out, const float4* w, const uint2* x, int experts, int tokens) {
+logits(float* out, const uint4* w, const uint2* x, int experts, int tokens) {
     __shared__ float sums[EXPERTS_A_BLOCK][WARPS][TOKENS];
     const int tid = threadIdx.x % (WARPS * 32), mine = threadIdx.x / (WARPS * 32), lane = tid % 32;
     const int e = blockIdx.x * EXPERTS_A_BLOCK + mine;
-    asm volatile("griddepcontrol.launch_dependents;");
-    float4 weights[STEPS];
+    let_successor_begin();
+    uint4 weights[STEPS];  // of float32
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) weights[i] = stream(w + size_t(min(e, experts - 1)) * (HIDDEN / 4) + i * WARPS * 32 + tid);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int i = 0; i < STEPS; i++) weights[i] = early(w + size_t(min(e, experts - 1)) * (HIDDEN / 4) + i * WARPS * 32 + tid);
+    wait_for_predecessor();
     for (int first = 0; first < tokens; first += TOKENS, x += TOKENS * (HIDDEN / 4), out += TOKENS * experts) {
         const int here = min(tokens - first, TOKENS);
         float acc[TOKENS];
@@ -41,10 +33,10 @@ logits(float* out, const float4* w, const uint2* x, int experts, int tokens) {
             for (int i = 0; i < STEPS; i++) v[i] = n < here ? x[n * (HIDDEN / 4) + i * WARPS * 32 + tid] : make_uint2(0, 0);
 #pragma unroll
             for (int i = 0; i < STEPS; i++) {
-                acc[n] = fmaf(weights[i].x, low(v[i].x), acc[n]);
-                acc[n] = fmaf(weights[i].y, high(v[i].x), acc[n]);
-                acc[n] = fmaf(weights[i].z, low(v[i].y), acc[n]);
-                acc[n] = fmaf(weights[i].w, high(v[i].y), acc[n]);
+                acc[n] = fmaf(__uint_as_float(weights[i].x), low(v[i].x), acc[n]);
+                acc[n] = fmaf(__uint_as_float(weights[i].y), high(v[i].x), acc[n]);
+                acc[n] = fmaf(__uint_as_float(weights[i].z), low(v[i].y), acc[n]);
+                acc[n] = fmaf(__uint_as_float(weights[i].w), high(v[i].y), acc[n]);
             }
         }
         // Each step halves how many tokens a lane stands for; at the end a lane has token lane / 4, a quarter of it.

@@ -3,8 +3,8 @@
 //
 // A block has 16 query rows of one key-value head (some tokens of all its query heads) and all keys they may see: the
 // ring, which holds what came before, and the tokens of this call, which it computes itself. So no block waits for
-// another, and there is one softmax, not one a step. Slots that this call fills are outside of every window while it
-// runs: what a block reads there, old or new, has weight zero.
+// another, and there is one softmax, not one a step. What a block finds in the slots that this call fills it does not
+// use. Both sums over keys go by slots, in order: a row's bits do not depend on which call its keys came with.
 //
 // Keys and queries go from memory to the registers in which an MMA wants them: a thread's 16 bytes are 8 neighbours, and
 // a rotation's pairs i and i + HALF meet in one thread when HALF is a multiple of 32. Values go through shared memory,
@@ -15,30 +15,17 @@
 
 constexpr int WARPS = 8, ROWS = 16, TOKENS = 8, CHUNKS = K / 32, PAIRS = HALF / 32;
 constexpr int TILES = (SLOTS + 7) / 8, ROUNDS = TILES / WARPS + 1;  // tiles of 8 keys; the last warp's last is the new tokens
-constexpr int KEYS = (TILES * 8 + TOKENS + 15) / 16 * 16, NEW = TILES * 8;  // rows of the values; where the new ones are
-constexpr int V_STRIDE = V + 8, P_STRIDE = KEYS + 8;                        // so that neighbouring rows are in other banks
-constexpr int DIMS = V / WARPS;                                             // of a warp in the second product
+constexpr int KEYS = (SLOTS + 15) / 16 * 16;          // of the second product
+constexpr int V_STRIDE = V + 8, P_STRIDE = KEYS + 8;  // so that neighbouring rows are in other banks
+constexpr int DIMS = V / WARPS;                       // of a warp in the second product
 static_assert(K % 32 == 0 && HALF % 32 == 0 && 2 * HALF <= K && DIMS == 16 && ROWS % GROUP == 0, "heads");
 
 typedef unsigned short bf16;
 
-__device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
-__device__ __forceinline__ void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc.x), "+f"(acc.y), "+f"(acc.z), "+f"(acc.w)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+#include "ptx.cuh"
 
 // Pairs (first, second) of two BF16 each by the angles' cosines and sines; rounds once.
-__device__ __forceinline__ void rotate(unsigned& first, unsigned& second, unsigned cos, unsigned sin) {
+DEVICE void rotate(unsigned& first, unsigned& second, unsigned cos, unsigned sin) {
     const float a = low(first), b = high(first), c = low(second), d = high(second);
     first = bf16_pair(a * low(cos) - c * low(sin), b * high(cos) - d * high(sin));
     second = bf16_pair(c * low(cos) + a * low(sin), d * high(cos) + b * high(sin));
@@ -48,7 +35,7 @@ __device__ __forceinline__ void rotate(unsigned& first, unsigned& second, unsign
 struct Angles {
     uint4 cos[PAIRS], sin[PAIRS];
 
-    __device__ __forceinline__ void load(const bf16* c, const bf16* s, int t) {
+    DEVICE void load(const bf16* c, const bf16* s, int t) {
 #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             cos[j] = *reinterpret_cast<const uint4*>(c + j * 32 + t * 8);
@@ -61,15 +48,15 @@ struct Angles {
 struct Head {
     uint4 part[CHUNKS];
 
-    __device__ __forceinline__ void load(const bf16* at, int t) {
+    DEVICE void load(const bf16* at, int t) {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) part[j] = *reinterpret_cast<const uint4*>(at + j * 32 + t * 8);
     }
-    __device__ __forceinline__ void clear() {
+    DEVICE void clear() {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) part[j] = make_uint4(0, 0, 0, 0);
     }
-    __device__ __forceinline__ void turn(const Angles& by) {
+    DEVICE void turn(const Angles& by) {
 #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             const uint4 c = by.cos[j], s = by.sin[j];
@@ -90,30 +77,24 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     extern __shared__ uint4 shared[];
     bf16* const v_rows = reinterpret_cast<bf16*>(shared);  // [KEYS][V_STRIDE]
     __shared__ bf16 weights[ROWS * P_STRIDE];
-    __shared__ float tops[WARPS][ROWS], sums[WARPS][ROWS];
+    __shared__ float tops[WARPS][ROWS];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int group = blockIdx.x % groups, first = blockIdx.x / groups * (ROWS / GROUP), heads = groups * GROUP;
     const int width = (heads + groups) * K + groups * V;
     bf16* const ring_k = keys + size_t(group) * SLOTS * K;
     bf16* const ring_v = values + size_t(group) * SLOTS * V;
     // Early, into the second-level cache only: whoever writes the ring may still be at work.
-    for (int line = tid; line < SLOTS * K / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_k + line * 64));
-    for (int line = tid; line < SLOTS * V / 64; line += blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(ring_v + line * 64));
+    for (int line = tid; line < SLOTS * K / 64; line += blockDim.x) prefetch(ring_k + line * 64);
+    for (int line = tid; line < SLOTS * V / 64; line += blockDim.x) prefetch(ring_v + line * 64);
     float own_sink[2] = {0, 0};  // in units of ln 2
     if (SINK)
 #pragma unroll
         for (int half = 0; half < 2; half++) own_sink[half] = sink[group * GROUP + (g + half * 8) % GROUP] * 1.4426950408889634f;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
+    wait_for_predecessor();
+    let_successor_begin();  // not before: its weights would be in the way of the product that this one waits for
 
     // All loads before the first use: they wait for memory together.
     const int start = int(*start_at);
-    for (int i = tid; i < NEW * (V / 8); i += blockDim.x) {
-        const int s = i / (V / 8), d = i % (V / 8) * 8;
-        const unsigned to = __cvta_generic_to_shared(v_rows + s * V_STRIDE + d);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(ring_v + min(s, SLOTS - 1) * V + d), "r"(s < SLOTS ? 16 : 0));
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
     Head q[2], key[ROUNDS];
     Angles angles[2], new_angles;
     int token[2];
@@ -134,37 +115,41 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
             else key[i].clear();
         } else if (tile < TILES) key[i].load(ring_k + size_t(min(tile * 8 + g, SLOTS - 1)) * K, t);
     }
-    for (int i = tid; i < (KEYS - NEW) * (V / 8); i += blockDim.x) {  // the new values, then zeros
-        const int n = i / (V / 8), d = i % (V / 8) * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (n < count) {
-            v = *reinterpret_cast<const uint4*>(qkv + size_t(n) * width + (heads + groups) * K + group * V + d);
-            v.x = bf16_pair(low(v.x) * value_scale, high(v.x) * value_scale), v.y = bf16_pair(low(v.y) * value_scale, high(v.y) * value_scale);
-            v.z = bf16_pair(low(v.z) * value_scale, high(v.z) * value_scale), v.w = bf16_pair(low(v.w) * value_scale, high(v.w) * value_scale);
-            if (first == 0) *reinterpret_cast<uint4*>(ring_v + (start + n) % SLOTS * V + d) = v;
-        }
-        *reinterpret_cast<uint4*>(v_rows + (NEW + n) * V_STRIDE + d) = v;
+    const int first_slot = start % SLOTS;
+    auto fresh = [&](int s) { return (s < first_slot ? s + SLOTS : s) - first_slot < count; };  // whether this call fills slot s
+    auto slot_of = [&](int n) { return first_slot + n < SLOTS ? first_slot + n : first_slot + n - SLOTS; };
+    for (int i = tid; i < KEYS * (V / 8); i += blockDim.x) {
+        const int s = i / (V / 8), d = i % (V / 8) * 8;
+        if (s >= SLOTS || !fresh(s)) copy_async(v_rows + s * V_STRIDE + d, ring_v + min(s, SLOTS - 1) * V + d, s < SLOTS);
     }
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        q[half].turn(angles[half]);
+    commit_copies();
+    for (int i = tid; i < count * (V / 8); i += blockDim.x) {
+        const int n = i / (V / 8), d = i % (V / 8) * 8;
+        uint4 v = *reinterpret_cast<const uint4*>(qkv + size_t(n) * width + (heads + groups) * K + group * V + d);
+        v.x = bf16_pair(low(v.x) * value_scale, high(v.x) * value_scale), v.y = bf16_pair(low(v.y) * value_scale, high(v.y) * value_scale);
+        v.z = bf16_pair(low(v.z) * value_scale, high(v.z) * value_scale), v.w = bf16_pair(low(v.w) * value_scale, high(v.w) * value_scale);
+        *reinterpret_cast<uint4*>(v_rows + slot_of(n) * V_STRIDE + d) = v;
+        if (first == 0) *reinterpret_cast<uint4*>(ring_v + slot_of(n) * V + d) = v;
+    }
+    q[0].turn(angles[0]), q[1].turn(angles[1]);
     if (has_new && g < count) {
         Head& mine = key[ROUNDS - 1];
         mine.turn(new_angles);
         if (first == 0)
 #pragma unroll
-            for (int j = 0; j < CHUNKS; j++) *reinterpret_cast<uint4*>(ring_k + (start + g) % SLOTS * K + j * 32 + t * 8) = mine.part[j];
+            for (int j = 0; j < CHUNKS; j++) *reinterpret_cast<uint4*>(ring_k + slot_of(g) * K + j * 32 + t * 8) = mine.part[j];
     }
 
     // Logits in units of ln 2, of rows g and g + 8 with keys 2t and 2t + 1 of a tile.
     const int newest = start > 0 ? (start - 1) % SLOTS : -1;
-    float logits[ROUNDS][4], top[2] = {-__int_as_float(0x7F800000), -__int_as_float(0x7F800000)};
+    const float nothing = __int_as_float(0xFF800000);  // -inf
+    float logits[ROUNDS][4], top[2] = {nothing, nothing};
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const bool fresh = i == ROUNDS - 1 && has_new;
+        const bool mine = i == ROUNDS - 1 && has_new;  // the new tokens
         const int tile = i * WARPS + warp;
         float4 acc = make_float4(0, 0, 0, 0);
-        if (fresh || tile < TILES)
+        if (mine || tile < TILES)
 #pragma unroll
             for (int j = 0; j < CHUNKS; j++) {
                 mma(acc, q[0].part[j].x, q[1].part[j].x, q[0].part[j].y, q[1].part[j].y, key[i].part[j].x, key[i].part[j].y);
@@ -174,10 +159,10 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const int s = tile * 8 + 2 * t + c % 2, query = start + token[c / 2];
-            const int position = fresh ? start + 2 * t + c % 2 : start - 1 - newest + s - (s > newest ? SLOTS : 0);
-            const bool there = fresh ? 2 * t + c % 2 < count : s < SLOTS && tile < TILES && position >= 0;
+            const int position = mine ? start + 2 * t + c % 2 : start - 1 - newest + s - (s > newest ? SLOTS : 0);
+            const bool there = mine ? 2 * t + c % 2 < count : s < SLOTS && position >= 0;  // what fresh slots held is outside
             const bool seen = there && position <= query && query - position < window;
-            logits[i][c] = seen ? products[c] * scale : -__int_as_float(0x7F800000);
+            logits[i][c] = seen ? products[c] * scale : nothing;
             top[c / 2] = fmaxf(top[c / 2], logits[i][c]);
         }
     }
@@ -188,7 +173,7 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
         if (t == 0) tops[warp][g + half * 8] = top[half];
     }
     __syncthreads();
-    float sum[2] = {0, 0}, extra[2] = {0, 0};
+    float extra[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; half++) {  // every row sees its own key at least
         float above = tops[0][g + half * 8];
@@ -200,42 +185,39 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
         }
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const bool fresh = i == ROUNDS - 1 && has_new;
+            const bool mine = i == ROUNDS - 1 && has_new;
             const int tile = i * WARPS + warp;
-            const float a = exp2f(logits[i][2 * half] - above), b = exp2f(logits[i][2 * half + 1] - above);
-            sum[half] += a + b;
-            const int column = (fresh ? NEW : tile * 8) + 2 * t;
-            if (fresh || tile < TILES) *reinterpret_cast<unsigned*>(weights + (g + half * 8) * P_STRIDE + column) = bf16_pair(a, b);
+            if (!mine && tile >= TILES) continue;
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int s = mine ? slot_of(2 * t + c) : tile * 8 + 2 * t + c;
+                if (mine ? 2 * t + c < count : s >= SLOTS || !fresh(s))
+                    weights[(g + half * 8) * P_STRIDE + s] = bf16_pair(exp2f(logits[i][2 * half + c] - above), 0) & 0xFFFF;
+            }
         }
-        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-        if (t == 0) sums[warp][g + half * 8] = sum[half];
     }
-    if (KEYS > NEW + TOKENS)  // columns behind the new tokens
-        for (int i = tid; i < ROWS * (KEYS - NEW - TOKENS); i += blockDim.x)
-            weights[i / (KEYS - NEW - TOKENS) * P_STRIDE + NEW + TOKENS + i % (KEYS - NEW - TOKENS)] = 0;
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    for (int i = tid; i < ROWS * (KEYS - TILES * 8); i += blockDim.x)  // a last half of 16 columns
+        weights[i % ROWS * P_STRIDE + TILES * 8 + i / ROWS] = 0;
+    wait_for_copies<0>();
     __syncthreads();
 
-    float4 acc[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-    const unsigned v_at = __cvta_generic_to_shared(v_rows + lane % 16 * V_STRIDE + warp * DIMS + lane / 16 * 8);
+    constexpr unsigned ONES = 0x3F803F80;
+    float4 acc[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)}, sums = make_float4(0, 0, 0, 0);
+    const bf16* const v_at = v_rows + lane % 16 * V_STRIDE + warp * DIMS + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < KEYS; k += 16) {
-        unsigned b[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(v_at + k * V_STRIDE * 2));
+        const uint4 b = load_transposed(v_at + k * V_STRIDE);
         const unsigned* const p = reinterpret_cast<const unsigned*>(weights + g * P_STRIDE + k + 2 * t);
         const unsigned a[4] = {p[0], p[8 * P_STRIDE / 2], p[4], p[8 * P_STRIDE / 2 + 4]};
-        mma(acc[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma(acc[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        mma(acc[0], a[0], a[1], a[2], a[3], b.x, b.y);
+        mma(acc[1], a[0], a[1], a[2], a[3], b.z, b.w);
+        mma(sums, a[0], a[1], a[2], a[3], ONES, ONES);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = g + half * 8, to_row = first + row / GROUP;
         if (to_row >= rows) continue;
-        float total = extra[half];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) total += sums[w][row];
+        const float total = extra[half] + (half ? sums.z : sums.x);
         unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(to_row) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
 #pragma unroll
         for (int i = 0; i < 2; i++)

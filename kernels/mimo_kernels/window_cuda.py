@@ -59,7 +59,7 @@ def attend(
         "SLOTS": slots,
         "SINK": int(sink is not None),
     }
-    key_rows = -(-(-(-slots // 8) * 8 + 8) // 16) * 16
+    key_rows = -(-slots // 16) * 16
     kernel = cuda.Kernel("window.cu", "attend", tuple(shapes.items()), _WARPS * 32, key_rows * (v_dim + 8) * 2)
     out = torch.empty(len(qkv), heads, v_dim, dtype=torch.bfloat16, device=qkv.device)
     sinks = out if sink is None else sink.contiguous()

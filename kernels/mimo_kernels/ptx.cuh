@@ -1,0 +1,86 @@
+// What the kernels say in PTX, and nothing else: a machine without a GPU runs them with other definitions of these
+// functions (tests/kernels/emulator.h).
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_successor_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Weights: read once. `early` ones may stand before the wait, where ptxas would not leave an .nc load.
+DEVICE uint4 stream(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+DEVICE unsigned stream(const unsigned char* at) {
+    unsigned v;
+    asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+DEVICE uint4 early(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
+DEVICE float early(const float* at) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
+
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// 16 bytes from the second-level cache to shared memory; zeros if not `there`.
+DEVICE void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// A barrier of THREADS threads of the block; 0 is that of all.
+template <int THREADS>
+DEVICE void meet(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory"); }
+
+// Counts between blocks: whoever reads a count of `publish` finds what its threads wrote before.
+DEVICE void publish(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
+DEVICE int look(const int* count) {
+    int v;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+    return v;
+}
+
+DEVICE unsigned bf16_pair(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+DEVICE unsigned multiply_pairs(unsigned a, unsigned b) {  // of BF16, subnormals kept
+    unsigned v;
+    asm("mul.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+// acc [16, 8] += a [16, 16] b [16, 8] over a warp.
+DEVICE void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc.x), "+f"(acc.y), "+f"(acc.z), "+f"(acc.w)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of BF16, transposed; lane 8 i + r has the address of row r of matrix i.
+DEVICE uint4 load_transposed(const void* row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(unsigned(__cvta_generic_to_shared(row))) : "memory");
+    return v;
+}
+
+DEVICE float low(unsigned pair) { return __uint_as_float(pair << 16); }
+DEVICE float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }

@@ -1,0 +1,227 @@
+// CUDA C++ on a processor: enough of it for this package's kernels, and `ptx.cuh` in plain words.
+//
+// Every block is a thread of the host, and the threads of a block are fibers of it: one runs until it has to wait for
+// others (a barrier, a warp's exchange, a look at a count), then another one that is drawn at random. Copies from memory
+// to shared memory land late, when they are waited for. So an order that a kernel does not enforce is not kept.
+
+#include <ucontext.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ thread_local
+#define __launch_bounds__(...)
+#define DEVICE inline
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); return f; }
+inline float __int_as_float(unsigned v) { return __uint_as_float(v); }
+inline unsigned __float_as_uint(float f) { unsigned v; std::memcpy(&v, &f, 4); return v; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline float __expf(float x) { return std::exp(x); }
+using std::exp2f, std::fmaf, std::fmaxf;
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned pick) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    unsigned v = 0;
+    for (int i = 0; i < 4; i++) v |= unsigned(both >> (pick >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+    return v;
+}
+[[noreturn]] inline void __trap() { std::abort(); }
+template <class T> T atomicAdd(T* at, T v) { return __atomic_fetch_add(at, v, __ATOMIC_SEQ_CST); }
+template <class T, class U> T atomicOr(T* at, U v) { return __atomic_fetch_or(at, T(v), __ATOMIC_SEQ_CST); }
+template <class T> T atomicMax(T* at, T v) {  // of a block's own memory: no other thread of the host is at it
+    const T before = *at;
+    *at = max(before, v);
+    return before;
+}
+
+struct Index { int x; };
+struct Copy { void* to; const void* from; bool there; };
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    std::function<bool()> ready;  // what it waits for
+    std::vector<Copy> open;
+    std::vector<std::vector<Copy>> committed;
+    bool ended = false;
+};
+struct Meeting { int arrived = 0, turn = 0; };
+struct Block {
+    std::vector<Fiber> fibers;
+    ucontext_t scheduler;
+    int now = 0;
+    std::map<int, Meeting> meetings;  // barriers 0.. of the block, and of warp w under -1 - w
+    std::vector<unsigned> words;      // what lanes give to each other: 8 a thread
+    std::mt19937 random;
+    std::function<void()> body;
+};
+inline thread_local Block* block;
+inline thread_local Index blockIdx, blockDim;
+inline Index gridDim;
+inline struct { operator Index() const { return {block->now}; } } thread_index;
+#define threadIdx (Index(thread_index))
+alignas(128) inline thread_local uint4 shared[16384];
+
+inline void wait_until(std::function<bool()> ready) {
+    Fiber& mine = block->fibers[block->now];
+    mine.ready = std::move(ready);
+    swapcontext(&mine.context, &block->scheduler);
+}
+inline void gather(int barrier, int threads) {
+    Block* const b = block;
+    Meeting& m = b->meetings[barrier];
+    const int turn = m.turn;
+    if (++m.arrived == threads) m.arrived = 0, m.turn++;
+    wait_until([b, barrier, turn] { return b->meetings[barrier].turn != turn; });
+}
+inline void meet_warp() { gather(-1 - block->now / 32, 32); }
+template <int THREADS> void meet(int barrier) { gather(barrier, THREADS); }
+inline void __syncthreads() { gather(0, blockDim.x); }
+inline void __syncwarp() { meet_warp(); }
+inline unsigned* words_of(int lane) { return &block->words[(block->now / 32 * 32 + lane) * 8]; }
+inline void give(std::initializer_list<unsigned> values) {
+    meet_warp();  // nobody reads the last ones any more
+    int i = 0;
+    for (unsigned v : values) words_of(block->now % 32)[i++] = v;
+    meet_warp();
+}
+inline float __shfl_xor_sync(unsigned, float v, int mask) {
+    give({__float_as_uint(v)});
+    return __uint_as_float(words_of(block->now % 32 ^ mask)[0]);
+}
+
+inline void wait_for_predecessor() {}
+inline void let_successor_begin() {}
+inline uint4 stream(const uint4* at) { return *at; }
+inline unsigned stream(const unsigned char* at) { return *at; }
+inline uint4 early(const uint4* at) { return *at; }
+inline float early(const float* at) { return *at; }
+inline void prefetch(const void*) {}
+inline void copy_async(void* to, const void* from, bool there) { block->fibers[block->now].open.push_back({to, from, there}); }
+inline void commit_copies() {
+    Fiber& mine = block->fibers[block->now];
+    mine.committed.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int PENDING> void wait_for_copies() {
+    auto& groups = block->fibers[block->now].committed;
+    while (groups.size() > PENDING) {
+        for (const Copy& c : groups.front()) c.there ? std::memcpy(c.to, c.from, 16) : std::memset(c.to, 0, 16);
+        groups.erase(groups.begin());
+    }
+}
+inline void publish(int* count) { __atomic_fetch_add(count, 1, __ATOMIC_RELEASE); }
+inline int look(const int* count) {
+    wait_until([] { return true; });
+    return __atomic_load_n(count, __ATOMIC_ACQUIRE);
+}
+
+inline float low(unsigned pair) { return __uint_as_float(pair << 16); }
+inline float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+inline unsigned rounded(float f) {  // the bits of the nearest BF16, ties to even
+    const unsigned v = __float_as_uint(f);
+    return f != f ? 0x7FFF : (v + 0x7FFF + (v >> 16 & 1)) >> 16;
+}
+inline unsigned bf16_pair(float a, float b) { return rounded(b) << 16 | rounded(a); }
+inline unsigned multiply_pairs(unsigned a, unsigned b) { return bf16_pair(low(a) * low(b), high(a) * high(b)); }
+inline float element(unsigned pair, int i) { return i ? high(pair) : low(pair); }
+inline void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    give({a0, a1, a2, a3, b0, b1});
+    const int g = block->now % 32 / 4, t = block->now % 4;
+    float* const out[4] = {&acc.x, &acc.y, &acc.z, &acc.w};
+    for (int i = 0; i < 4; i++) {
+        double sum = *out[i];
+        for (int k = 0; k < 16; k++) {
+            const unsigned a = words_of(g * 4 + k % 8 / 2)[k / 8 * 2 + i / 2], b = words_of((2 * t + i % 2) * 4 + k % 8 / 2)[4 + k / 8];
+            sum += double(element(a, k % 2)) * element(b, k % 2);
+        }
+        *out[i] = float(sum);
+    }
+}
+inline uint4 load_transposed(const void* row) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(row);
+    give({unsigned(at), unsigned(at >> 32)});
+    const int g = block->now % 32 / 4, t = block->now % 4;
+    unsigned out[4];
+    for (int i = 0; i < 4; i++) {
+        unsigned short v[2];
+        for (int k = 0; k < 2; k++) {
+            const unsigned* const w = words_of(8 * i + 2 * t + k);
+            v[k] = reinterpret_cast<const unsigned short*>(uintptr_t(w[1]) << 32 | w[0])[g];
+        }
+        out[i] = unsigned(v[1]) << 16 | v[0];
+    }
+    return {out[0], out[1], out[2], out[3]};
+}
+
+inline void enter() {
+    block->body();
+    block->fibers[block->now].ended = true;
+    swapcontext(&block->fibers[block->now].context, &block->scheduler);
+}
+inline bool run_block(int index, int threads, unsigned seed, const std::function<void()>& body) {
+    Block mine;
+    block = &mine;
+    blockIdx.x = index, blockDim.x = threads;
+    mine.fibers.resize(threads), mine.words.resize(threads * 8), mine.body = body, mine.random.seed(seed + index);
+    std::memset(shared, 0xFF, sizeof shared);  // NaN, whatever type it is
+    std::vector<int> waiting;
+    for (int i = 0; i < threads; i++) {
+        Fiber& f = mine.fibers[i];
+        f.stack.resize(1 << 16);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
+        makecontext(&f.context, enter, 0);
+        f.ready = [] { return true; };
+        waiting.push_back(i);
+    }
+    for (long idle = 0; !waiting.empty();) {
+        const size_t pick = mine.random() % waiting.size();
+        Fiber& f = mine.fibers[waiting[pick]];
+        if (!f.ready()) {
+            if (++idle > 100'000'000) return false;  // nobody can go on
+            continue;
+        }
+        idle = 0;
+        mine.now = waiting[pick];
+        swapcontext(&mine.scheduler, &f.context);
+        if (f.ended) waiting[pick] = waiting.back(), waiting.pop_back();
+    }
+    return true;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel(*static_cast<A*>(args[I])...); }
+template <class... A>
+int emulate(void (*kernel)(A...), void** args, int blocks, int threads, unsigned seed, bool together) {
+    gridDim.x = blocks;
+    std::atomic<int> done{0};
+    auto one = [&](int b) { done += run_block(b, threads, seed, [&] { call(kernel, args, std::index_sequence_for<A...>{}); }); };
+    std::vector<std::thread> all;
+    for (int b = 0; b < blocks; b++) {
+        all.emplace_back(one, b);
+        if (!together) all.back().join();
+    }
+    if (together)
+        for (std::thread& t : all) t.join();
+    return done == blocks ? 0 : 1;
+}
