@@ -317,7 +317,7 @@ def train(arm: Any, task: Task, warm_up: int) -> dict[str, Any]:
             elif cuda:
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-        losses.append(arm.step(step).clone())
+        losses.append(arm.step(step))
         if step == 0:
             wait()
             first = time.perf_counter() - began

@@ -184,6 +184,24 @@ def test_sums(kernels, assert_same_bits, ranks, hidden):
 
 @inside
 @pytest.mark.parametrize(("ranks", "hidden"), [(2, 512), (4, 1536)])
+def test_the_fused_form_adds_parts_first(kernels, assert_same_bits, ranks, hidden):
+    """float32 parts of experts: their sum in order, rounded, is what travels."""
+    ends, _ = channels(ranks, hidden)
+    x, w = contributions(7, 2, 5, hidden)[0], contributions(8, 1, 1, hidden)[0, 0]
+    parts = torch.randn(ranks, 5, 3, hidden, generator=torch.Generator().manual_seed(ranks))
+    sums = (parts[:, :, 0] + parts[:, :, 1] + parts[:, :, 2]).bfloat16()
+
+    def fused(part, channel, phase):
+        return kernels.all_reduce_add_norm(part, x, w, 1e-5, channel, phase)
+
+    expected = in_turns(fused, sums, ends)
+    for got, other in zip(in_turns(fused, [p.transpose(0, 1) for p in parts], ends), expected, strict=True):
+        assert_same_bits(got[0], other[0])
+        assert_same_bits(got[1], other[1])
+
+
+@inside
+@pytest.mark.parametrize(("ranks", "hidden"), [(2, 512), (4, 1536)])
 def test_the_fused_form(kernels, assert_same_bits, ranks, hidden):
     """Between plain sums over the same buffers, also where a row is no power of two."""
     ends, _ = channels(ranks, hidden)
