@@ -150,7 +150,7 @@ def test_the_simulator_finds_what_is_broken():
 
 @outside
 def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, 12)
+    pass_in_the_interpreter(__file__, 14)
 
 
 @pytest.fixture
