@@ -24,7 +24,7 @@ def fits(
         and (heads - groups) % groups == 0
         and group > 0
         and _ROWS % group == 0
-        and 1 <= count <= min(MAX_ROWS, len(qkv))
+        and 1 <= count <= len(qkv) <= MAX_ROWS  # not `count` alone: one row and its verification have to take one way
         and v_dim == 16 * _WARPS
         and k_dim % 32 == 0
         and half % 32 == 0
