@@ -37,6 +37,7 @@ from mimo_runtime.model import (
     keep_rows,
     new_caches,
     new_draft_caches,
+    rows_stand_alone,
     target_forward,
     tree_rows,
     without_host,
@@ -123,9 +124,11 @@ class Engine:
         self.block = self.drafter.block if self.drafter else BLOCK
         # One row is computed as a block of equal rows: the same bytes, the same time, and the bits of verification, so
         # that the drafter changes no token by a rounding (measured: all bits equal on an H200 and on a CPU with AMX).
-        # A CPU in float32 computes more slowly than it reads, and its roundings are far below any choice.
+        # Kernels need that only to be in the same shape. A CPU in float32 computes more slowly than it reads, and its
+        # roundings are far below any choice.
         slow = self.device.type == "cpu" and cfg.dtype == "float32"
-        self.min_rows = 1 if slow else self.block
+        shape = 1 if self.block <= 8 else 9
+        self.min_rows = 1 if slow else shape if self.block <= 16 and rows_stand_alone(self.target) else self.block
         if cfg.tree_budget < 0 or (cfg.tree_budget and self.drafter is None):
             raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
         self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))

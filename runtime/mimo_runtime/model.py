@@ -25,7 +25,7 @@ from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_kernels.moe_many import moe_many
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
-from mimo_runtime.load import Attention, Conv, Drafter, LayerGeometry, Mlp, Moe, PlainExperts, Target
+from mimo_runtime.load import Attention, Conv, Drafter, Layer, LayerGeometry, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.norms import add_norm, rms_norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.weights import KernelWeight, Weight, rows_from
@@ -300,6 +300,21 @@ def embed(target: Target, tokens: torch.Tensor) -> torch.Tensor:
     place = tokens - ranks.rank * len(target.embed)
     mine = (place >= 0) & (place < len(target.embed))
     return ranks.sum(target.embed[place.masked_fill(~mine, 0)].masked_fill(~mine[:, None], 0))
+
+
+def rows_stand_alone(target: Target) -> bool:
+    """Whether a row's bits are the same beside any others: where all of a layer is the work of kernels on a GPU, which
+    have one shape for 1 to 8 rows and another for 9 to 16."""
+
+    def alone(layer: Layer) -> bool:
+        w, a = layer.mlp, layer.attention
+        matrices = (a.qkv, a.o) if isinstance(w, Moe) else (a.qkv, a.o, w.gate_up, w.down)
+        mlp = not isinstance(w, Moe) or (w.fused and isinstance(w.experts, PackedExperts))
+        norms = layer.input_norm.fused and layer.post_norm.fused
+        return mlp and norms and a.kernel and a.fused and not any(isinstance(m, torch.Tensor) for m in matrices)
+
+    head = target.norm.fused and not isinstance(target.head, torch.Tensor)
+    return target.embed.is_cuda and head and all(map(alone, target.layers))
 
 
 def target_forward(
