@@ -46,12 +46,18 @@ class Fp8Weight:
 
 @torch.no_grad()
 def pack_fp8(
-    q: torch.Tensor, scale_inv: torch.Tensor, chunk_rows: int | None = None, *, name: str = "weight"
+    q: torch.Tensor,
+    scale_inv: torch.Tensor,
+    chunk_rows: int | None = None,
+    *,
+    name: str = "weight",
+    proved: bool = False,
 ) -> Fp8Weight:
     """What `linear` takes, of a stored matrix: float8_e4m3fn [N, K] and float32 scales as `fp8.quantize` returns them.
 
     `chunk_rows` 1 means one row of scales for every row of codes, as parts of a matrix have them. ValueError where a
-    group of 64 rows has several scales (not looked for on the meta device), or K is no multiple of 128.
+    group of 64 rows has several scales, or K is no multiple of 128. On the meta device, and where the caller has
+    `proved` it from shapes, scales are not looked at, which would wait for the device.
     """
     expected = fp8.scale_shape(q, chunk_rows)
     if q.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32 or tuple(scale_inv.shape) != expected:
@@ -66,7 +72,7 @@ def pack_fp8(
     row = torch.arange(n, device=q.device)
     tile = row // rows * -(-rows // fp8.BLOCK) + row % rows // fp8.BLOCK
     first = row // GROUP_ROWS * GROUP_ROWS
-    if not q.is_meta and not torch.equal(scale_inv[tile], scale_inv[tile[first]]):
+    if not (proved or q.is_meta) and not torch.equal(scale_inv[tile], scale_inv[tile[first]]):
         raise ValueError(
             f"{name}: scales change inside a group of {GROUP_ROWS} rows (chunk_rows={chunk_rows}); "
             "dequantize this weight to BF16"

@@ -44,8 +44,8 @@ MAX_TOKENS = 16
 MAX_SCALE_BYTE = 128
 PAGE_ROWS, PAGE_K = 16, 128
 _HALF = PAGE_ROWS // 2
-_AT_ONCE = 16  # experts that are packed together, which bounds the memory in between
-_SCALE_BIAS = 126
+_AT_ONCE = 16  # experts that torch's operations pack together, which bounds the memory in between
+SCALE_BIAS = 126
 _FIELDS = 0x81C0  # where BF16 keeps the sign and the three other bits of a code
 
 
@@ -157,29 +157,79 @@ def combine(update: torch.Tensor) -> torch.Tensor:
 # ---- the packed layout
 
 
+Matrices = tuple[torch.Tensor, torch.Tensor]  # codes uint8 [n, R, K/2] and scale bytes uint8 [n, R, K/32]
+
+
+class Packer:
+    """Packed experts that are filled some at a time, in the order of the device's stream and without waiting for it.
+
+    `packed` holds all `count` experts from the start, their memory not set. ValueError for sizes that are no multiples
+    of 32.
+    """
+
+    def __init__(self, count: int, hidden: int, inter: int, device: torch.device | str):
+        _check_sizes(hidden, inter)
+        self.device = torch.device(device)
+        hp, ip = (-(-size // PAGE_K) * PAGE_K for size in (hidden, inter))
+
+        def pages(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shape = count, rows // PAGE_ROWS, k // PAGE_K, PAGE_ROWS
+            words = torch.empty(*shape, PAGE_K // 4, dtype=torch.int16, device=device)
+            return words, torch.empty(*shape, PAGE_K // mxfp4.BLOCK, dtype=torch.uint8, device=device)
+
+        self.packed = PackedExperts(*pages(2 * ip, hp), *pages(hp, ip), hidden=hidden, inter=inter)
+        self._largest = torch.zeros(2, dtype=torch.int32, device=device)  # scale bytes of gate_up and of down
+
+    @torch.no_grad()
+    def put(self, first: int, gate: Matrices, up: Matrices, down: Matrices) -> None:
+        """Packs n experts to the places from `first` on: gate and up [n, I, H] and of the same strides, down [n, H, I].
+
+        Dimension 0 may have any stride, the others are contiguous.
+        """
+        if self.device.type == "meta":
+            return
+        cuda = self.device.type == "cuda" and torch.version.hip is None
+        if cuda and torch.cuda.get_device_capability(self.device)[0] >= 9:
+            from . import moe_pack_triton
+
+            moe_pack_triton.pack(self.packed, first, gate, up, down, self._largest)
+            return
+        p = self.packed
+        for i in range(0, len(down[0]), _AT_ONCE):
+            some = slice(i, i + _AT_ONCE)
+            codes, scales = (torch.cat([g[some], u[some]], 1) for g, u in zip(gate, up, strict=True))
+            down_codes, down_scales = (t[some] for t in down)
+            made = *_pack(_interleave(codes), _interleave(scales)), *_pack(down_codes, down_scales)
+            places = slice(first + i, first + i + len(codes))
+            for place, pages in zip((p.gate_up, p.gate_up_scales, p.down, p.down_scales), made, strict=True):
+                place[places] = pages
+            if scales.numel():
+                largest = torch.stack([scales.max(), down_scales.max()]).int()
+                torch.maximum(self._largest, largest, out=self._largest)
+
+    def check(self) -> None:
+        """Waits for the device. ValueError where a scale byte was above 128; then `packed` is of no use."""
+        if self.device.type == "meta":
+            return
+        for name, byte in zip(("gate_up_scales", "down_scales"), self._largest.tolist(), strict=True):
+            if byte > MAX_SCALE_BYTE:
+                raise ValueError(
+                    f"{name}: byte {byte}, above {MAX_SCALE_BYTE} (weights above 12); the packed layout has no such "
+                    "scale, run this layer from BF16 weights"
+                )
+
+
 @torch.no_grad()
 def pack_experts(experts: Experts) -> PackedExperts:
-    """Rearrange the experts for the kernels, on their device, some at a time. ValueError for a scale byte above 128."""
+    """Rearrange the experts for the kernels, on their device. ValueError for a scale byte above 128."""
     _check_experts(experts)
-    for name, scales in (("gate_up_scales", experts.gate_up_scales), ("down_scales", experts.down_scales)):
-        if scales.numel() and not scales.is_meta and int(scales.max()) > MAX_SCALE_BYTE:
-            raise ValueError(
-                f"{name}: byte {int(scales.max())}, above {MAX_SCALE_BYTE} (weights above 12); the packed layout has "
-                "no such scale, run this layer from BF16 weights"
-            )
-    parts = []
-    for group in zip(*(t.split(_AT_ONCE) for t in vars(experts).values()), strict=True):
-        codes, scales, down, down_scales = group
-        parts.append((*_pack(_interleave(codes), _interleave(scales)), *_pack(down, down_scales)))
-    gate_up, gate_up_scales, down, down_scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return PackedExperts(
-        gate_up,
-        gate_up_scales,
-        down,
-        down_scales,
-        hidden=experts.down.shape[1],
-        inter=experts.gate_up.shape[1] // 2,
-    )
+    count, hidden, inter = len(experts.down), experts.down.shape[1], experts.gate_up.shape[1] // 2
+    codes, scales = (t.contiguous() for t in (experts.gate_up, experts.gate_up_scales))
+    gate, up = (codes[:, :inter], scales[:, :inter]), (codes[:, inter:], scales[:, inter:])
+    packer = Packer(count, hidden, inter, codes.device)
+    packer.put(0, gate, up, (experts.down.contiguous(), experts.down_scales.contiguous()))
+    packer.check()
+    return packer.packed
 
 
 @torch.no_grad()
@@ -218,13 +268,13 @@ def _pack(packed: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, tor
     """Pages of words and scales of matrices: packed uint8 [n, R, K/2], scales uint8 [n, R, K/32]."""
     words = pack_words(mxfp4.unpack(packed).unflatten(-1, (-1, 4)))
     words = _pages(words, PAGE_K // 4, 0)
-    return words, _pages(scales + _SCALE_BIAS, PAGE_K // mxfp4.BLOCK, _SCALE_BIAS)
+    return words, _pages(scales + SCALE_BIAS, PAGE_K // mxfp4.BLOCK, SCALE_BIAS)
 
 
 def _unpack(words: torch.Tensor, scales: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed uint8 [..., R, k/2], scales uint8 [..., R, k/32]) of pages, padded rows included."""
     codes = unpack_words(words.transpose(-3, -2).flatten(-4, -3).flatten(-2)).flatten(-2)
-    scales = scales.transpose(-3, -2).flatten(-4, -3).flatten(-2) - _SCALE_BIAS
+    scales = scales.transpose(-3, -2).flatten(-4, -3).flatten(-2) - SCALE_BIAS
     return mxfp4.pack(codes[..., :k]), scales[..., : k // mxfp4.BLOCK]
 
 
@@ -282,5 +332,9 @@ def _check_experts(experts: Experts) -> None:
                 f"{name}: {tensor.dtype} {list(tensor.shape)}, expected torch.uint8 {shape} for {count} experts of "
                 f"hidden size {hidden} and intermediate size {inter}; give the codes and scales of one layer"
             )
+    _check_sizes(hidden, inter)
+
+
+def _check_sizes(hidden: int, inter: int) -> None:
     if hidden % mxfp4.BLOCK or inter % mxfp4.BLOCK:
         raise ValueError(f"experts: hidden {hidden} and intermediate {inter} must divide by {mxfp4.BLOCK}")

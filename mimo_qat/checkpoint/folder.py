@@ -193,16 +193,21 @@ class TensorFolder:
             yield piece
 
     def _read_into(self, view: memoryview, spec: TensorSpec, skip: int) -> None:
-        descriptor, offset = self._descriptor(spec.file), self._offsets[spec.name] + skip
+        self._read_at(view, spec.file, self._offsets[spec.name] + skip)
+
+    def _read_at(self, view: memoryview, file: str, offset: int) -> None:
+        """Fills `view` with the bytes of a file from `offset` on."""
+        descriptor = self._descriptor(file)
         while view:
             try:
                 done = os.preadv(descriptor, [view], offset)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.folder / spec.file)) from None
+                raise OSError(error.errno, error.strerror, str(self.folder / file)) from None
             if not done:
+                starts = ((self._offsets[n], n) for n, spec in self.specs.items() if spec.file == file)
+                name = max(start for start in starts if start[0] <= offset)[1]
                 raise ValueError(
-                    f"{self.folder / spec.file} ended inside {spec.name}: it was cut off after it was opened; "
-                    "fetch it again"
+                    f"{self.folder / file} ended inside {name}: it was cut off after it was opened; fetch it again"
                 )
             view, offset = view[done:], offset + done
 

@@ -21,11 +21,10 @@ _STRING_OR_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict; a repeated key would silently drop its first value."""
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"key {key!r} occurs twice")
-        out[key] = value
+    out = dict(pairs)
+    if len(out) < len(pairs):  # the headers of a release are 100,000 objects, so the usual case is quick
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} occurs twice")
     return out
 
 

@@ -34,7 +34,7 @@ from mimo_qat.checkpoint.layout import (
     target_tensors,
 )
 
-Part = tuple[str, range, range, torch.Tensor]  # a stored matrix, rows and columns of it, and where they go
+Box = tuple[str, range, range]  # a stored matrix, and rows and columns of it
 
 MASK_FILE = "mask_embedding.pt"
 MAX_MASK_BYTES = 2**24
@@ -51,6 +51,13 @@ def e8m0_bytes(scale: torch.Tensor, name: str) -> torch.Tensor:
     if not (mantissa == 0.5).all():
         raise ValueError(f"{name} holds floats that are no powers of two; MXFP4 needs E8M0 scales, export it again")
     return (exponent + 126).to(torch.uint8)
+
+
+class Filling:
+    """Bytes on their way into a tensor."""
+
+    def wait(self) -> None:
+        """Returns when whoever follows on the device's stream may read the tensor; raises what reading raised."""
 
 
 class Checkpoint(TensorFolder):
@@ -94,10 +101,16 @@ class Checkpoint(TensorFolder):
         """A rectangle of a stored matrix, as `raw` gives the whole."""
         return self.raw(name)[rows.start : rows.stop, columns.start : columns.stop]
 
-    def read(self, parts: Iterable[Part]) -> None:
-        """Many boxes at once, each into contiguous memory of its shape and of as many bytes a value."""
-        for name, rows, columns, out in parts:
-            out.copy_(self.box(name, rows, columns).view(out.dtype))
+    def gather(self, boxes: Iterable[Box], out: torch.Tensor, *, spread: bool = False) -> "Filling":
+        """The bytes of boxes, one after the other, into uint8 [n], which is full when what this returns was waited
+        for. `spread` is for whoever waits at once: every thread that reads, if there are any, takes a part."""
+        at = 0
+        for box in boxes:
+            stored = self.box(*box).contiguous().view(torch.uint8).flatten()
+            out[at : at + len(stored)].copy_(stored)
+            at += len(stored)
+        assert at == len(out)
+        return Filling()
 
     def weight(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The dequantised tensor `name`, with or without its `.weight` suffix, as `dtype`.

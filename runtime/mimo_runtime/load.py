@@ -19,11 +19,13 @@ import torch
 from mimo_kernels import heads, mxfp4, residual, router
 from mimo_kernels.attention import fits
 from mimo_kernels.linear import pack_fp8
-from mimo_kernels.moe import Experts, PackedExperts, pack_experts
+from mimo_kernels.moe import Experts, PackedExperts, Packer, pack_experts
 from mimo_qat.checkpoint.layout import Geometry, LayerGeometry
+from mimo_qat.checkpoint.reader import Box
+from mimo_runtime.experts import fill
 from mimo_runtime.norms import Norm
 from mimo_runtime.parallel import Ranks
-from mimo_runtime.shards import Box, Shards, check_target, local, query_heads
+from mimo_runtime.shards import Shards, check_target, local, query_heads
 from mimo_runtime.staging import StagedCheckpoint
 from mimo_runtime.weights import Weight, kernel_weight
 
@@ -285,13 +287,18 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     g = shards.checkpoint.geometry
     check_target(g, cfg.ranks.size)
     bar = Progress("loading target", g.num_hidden_layers + 1, cfg)
+    began = time.perf_counter()
     embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
     head = cfg.weight(embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg))
     bar.advance(embed, None if g.tie_word_embeddings else head)
-    layers = []
+    layers: list[Layer] = []
+    packers: dict[int, Packer] = {}  # experts to read when the small tensors are there, in one go
     for i in range(g.num_hidden_layers):
-        layers.append(_target_layer(shards, g, i, cfg))
-        bar.advance(*layers[-1].weights())
+        layers.append(_target_layer(shards, g, i, cfg, packers))
+        if i not in packers:
+            bar.advance(*layers[-1].weights())
+    shards.seconds["spine"] = time.perf_counter() - began  # and memory for the experts
+    fill(shards, packers, lambda i: bar.advance(*layers[i].weights()))
     norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
     shards.complete()
     return Target(g, embed, tuple(layers), norm, head, stop_token_ids, cfg.ranks)
@@ -305,11 +312,11 @@ def _matrix(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Weight:
     """Parts of stored matrices, one below the other, as one."""
     if cfg.multiplies and shards.stays_fp8(boxes):
         codes, scales = (t.to(cfg.device) for t in shards.fp8_codes(boxes))
-        return pack_fp8(codes, scales, 1, name=boxes[0][0])
+        return pack_fp8(codes, scales, 1, name=boxes[0][0], proved=True)
     return cfg.weight(torch.cat([shards.values(box, cfg.dtype).to(cfg.device) for box in boxes]))
 
 
-def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer:
+def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers: dict[int, Packer]) -> Layer:
     at, geometry = f"model.layers.{i}.", g.layers[i]
 
     def whole(name: str, dtype: torch.dtype = cfg.dtype) -> torch.Tensor:
@@ -341,7 +348,7 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
             top_k=g.num_experts_per_tok,
             normalise=g.norm_topk_prob,
             scaling=g.routed_scaling_factor,
-            experts=_experts(shards, i, cfg),
+            experts=_experts(shards, i, cfg, packers),
             fused=cfg.routes(g.n_routed_experts, g.hidden_size, g.num_experts_per_tok),
         )
     else:
@@ -351,11 +358,14 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig) -> Layer
     return Layer(before, attention, after, mlp)
 
 
-def _experts(shards: Shards, i: int, cfg: LoadConfig) -> PlainExperts | PackedExperts:
-    """The experts of layer i in the form that `cfg` asks for."""
+def _experts(shards: Shards, i: int, cfg: LoadConfig, packers: dict[int, Packer]) -> PlainExperts | PackedExperts:
+    """The experts of layer i in the form that `cfg` asks for; with an entry in `packers` where they are not read."""
     packed = cfg.packs(shards.checkpoint.format[0])
     if packed and cfg.rtn is None:
-        return pack_experts(Experts(**{n: t.to(cfg.device) for n, t in vars(shards.expert_codes(i)).items()}))
+        record = shards.expert_record()
+        count = shards.checkpoint.geometry.n_routed_experts
+        packers[i] = Packer(count, record.hidden, record.inter, cfg.device)
+        return packers[i].packed
     gate_up, down = shards.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
     if cfg.rtn is None:
         return PlainExperts(gate_up.to(cfg.device), down.to(cfg.device))

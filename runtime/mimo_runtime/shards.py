@@ -10,19 +10,21 @@ What is not in the share is never read. Columns are an exception, because files 
 read, and on one host the page cache has them for all ranks.
 """
 
+import collections
+import contextlib
+import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from mimo_kernels import fp8, mxfp4
 from mimo_kernels.linear import GROUP_ROWS
-from mimo_kernels.moe import Experts
+from mimo_qat.checkpoint.folder import TORCH_DTYPES
 from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
-from mimo_qat.checkpoint.reader import Checkpoint, Part, e8m0_bytes
+from mimo_qat.checkpoint.reader import Box, Checkpoint, Filling, e8m0_bytes
 from mimo_runtime.parallel import Ranks
-
-Box = tuple[str, range, range]  # name of a matrix without its ending, and the rows and columns of a part
 
 
 def check_shares(what: str, layers: Iterable[LayerGeometry], sizes: Mapping[str, tuple[int, int]], ranks: int) -> None:
@@ -96,12 +98,48 @@ def fused_rows(g: Geometry, layer: int, ranks: Ranks) -> Iterator[range]:
             yield range(chunk * sum(rows) + first + begin, chunk * sum(rows) + first + end)
 
 
+@dataclass(frozen=True)
+class ExpertRecord:
+    """The codes and scale bytes of an expert of [inter, hidden] one after the other, in the order in which a release
+    stores them, so that neighbours in a file stay neighbours."""
+
+    hidden: int
+    inter: int
+    matrices = ("down_proj", "gate_proj", "up_proj")
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return 3 * self.hidden * self.inter * (mxfp4.BLOCK // 2 + 1) // mxfp4.BLOCK
+
+    def views(self, data: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """{matrix: (codes [n, rows, columns / 2], scales [n, rows, columns / 32])} of n records, uint8 [n * size]."""
+        records, at, found = data.view(-1, self.size), 0, {}
+        for matrix in self.matrices:
+            rows, columns = (self.hidden, self.inter) if matrix == "down_proj" else (self.inter, self.hidden)
+            tensors = []
+            for width in (columns // 2, columns // mxfp4.BLOCK):
+                tensors.append(records[:, at : at + rows * width].unflatten(1, (rows, width)))
+                at += rows * width
+            found[matrix] = tensors[0], tensors[1]
+        return found
+
+
 class Shards:
-    """The share of `ranks.rank` in a target checkpoint; `boxes` keeps what was read, {name: [(rows, columns)]}."""
+    """The share of `ranks.rank` in a target checkpoint; `boxes` keeps what was read, {name: [(rows, columns)]}, and
+    `seconds` what the parts of loading took, {part: seconds}."""
 
     def __init__(self, checkpoint: Checkpoint, ranks: Ranks):
         self.checkpoint, self.ranks = checkpoint, ranks
         self.boxes: dict[str, list[tuple[range, range]]] = {}
+        self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time of what is inside to `seconds`; work that a GPU has only been asked for is not in it."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
 
     def _raw(self, name: str, rows: range, columns: range) -> torch.Tensor:
         self.boxes.setdefault(name, []).append((rows, columns))
@@ -124,7 +162,7 @@ class Shards:
         return self.values(self.column_box(base), dtype)
 
     def row_box(self, base: str) -> Box:
-        """This rank's rows of a matrix."""
+        """This rank's rows of a matrix, named without its ending, as in all boxes that a caller sees."""
         rows, columns = self._shape(base)
         return base, part(rows, self.ranks.rank, self.ranks.size), range(columns)
 
@@ -163,9 +201,23 @@ class Shards:
     def fp8_codes(self, boxes: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes float8_e4m3fn [N, K], scales float32 [N, K / 128]: one row of scales for each row of codes) of parts
         that stay FP8, one below the other."""
-        codes = torch.cat([self._raw(self._stored(base), *box).view(torch.uint8) for base, *box in boxes])
-        scales = torch.cat([self._scales(base, *box) for base, *box in boxes])
-        return codes.view(torch.float8_e4m3fn), scales
+        codes = self._below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
+        found = [self._scale_box(*box) for box in boxes]
+        scales = self._below([box for box, _ in found])
+        starts = itertools.accumulate((len(box[1]) for box, _ in found), initial=0)
+        tile = torch.cat([start + tile for start, (_, tile) in zip(starts, found, strict=False)])
+        return codes, scales[tile.to(scales.device)]
+
+    def _below(self, boxes: list[Box]) -> torch.Tensor:
+        """Boxes of one dtype and of as many columns, one below the other."""
+        dtype = TORCH_DTYPES[self.checkpoint.spec(boxes[0][0]).dtype]
+        shape = sum(len(rows) for _, rows, _ in boxes), len(boxes[0][2])
+        out = torch.empty(shape, dtype=dtype, device=self.checkpoint.device)
+        for name, rows, columns in boxes:
+            assert TORCH_DTYPES[self.checkpoint.spec(name).dtype] == dtype and len(columns) == shape[1]
+            self.boxes.setdefault(name, []).append((rows, columns))
+        self.checkpoint.gather(boxes, out.view(torch.uint8).view(-1), spread=True).wait()
+        return out
 
     def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up [E, 2I / size, H], gate rows first; down [E, H, I / size]) of one layer's routed experts."""
@@ -181,25 +233,40 @@ class Shards:
             down[e] = self.columns(prefix + "down_proj", dtype)
         return gate_up, down
 
-    def expert_codes(self, layer: int) -> Experts:
-        """The same share as the MXFP4 codes and scale bytes that are stored; nothing is decoded."""
-        g, prefix = self.checkpoint.geometry, f"model.layers.{layer}.mlp.experts."
-        inner, hidden = part(g.moe_intermediate_size, self.ranks.rank, self.ranks.size), range(g.hidden_size)
-        shapes = [(2 * len(inner), len(hidden) // n) for n in (2, mxfp4.BLOCK)]
-        shapes += [(len(hidden), len(inner) // n) for n in (2, mxfp4.BLOCK)]
-        count, device = g.n_routed_experts, self.checkpoint.device
-        out = Experts(*(torch.empty((count, *shape), dtype=torch.uint8, device=device) for shape in shapes))
+    def expert_record(self) -> "ExpertRecord":
+        """How `expert_bytes` lays out this rank's share of an expert."""
+        g = self.checkpoint.geometry
+        return ExpertRecord(g.hidden_size, g.moe_intermediate_size // self.ranks.size)
 
-        def parts() -> Iterator[Part]:
-            for e in range(count):  # in the order in which they are stored
-                down = out.down[e], out.down_scales[e]
-                yield from self._code_parts(f"{prefix}{e}.down_proj", (hidden, inner), down)
-                for name, rows in (("gate_proj", slice(len(inner))), ("up_proj", slice(len(inner), None))):
-                    places = out.gate_up[e, rows], out.gate_up_scales[e, rows]
-                    yield from self._code_parts(f"{prefix}{e}.{name}", (inner, hidden), places)
-
-        self.checkpoint.read(parts())
-        return out
+    def expert_bytes(self, layer: int, experts: range, out: torch.Tensor) -> list[Filling]:
+        """This rank's share of some experts of a layer as the MXFP4 codes and scale bytes that are stored, to uint8
+        [len(experts) * `expert_record().size`], which is full when what this returns was waited for."""
+        prefix = f"model.layers.{layer}.mlp.experts."
+        record = self.expert_record()
+        inner, hidden = (
+            part(self.checkpoint.geometry.moe_intermediate_size, self.ranks.rank, self.ranks.size),
+            range(record.hidden),
+        )
+        fillings: list[Filling] = []
+        boxes: list[Box] = []
+        begin = at = 0
+        for e in experts:
+            for matrix in record.matrices:
+                rows, columns = (hidden, inner) if matrix == "down_proj" else (inner, hidden)
+                base = f"{prefix}{e}.{matrix}"
+                for name, per in ((self._stored(base), 2), (base + ".weight_scale", mxfp4.BLOCK)):
+                    box = name, rows, _divided(columns, per)
+                    size = len(rows) * len(box[2])
+                    if self.checkpoint.spec(name).dtype in ("U8", "F8_E8M0"):
+                        self.boxes.setdefault(name, []).append(box[1:])
+                        boxes.append(box)
+                    else:  # scales that are stored as floats become bytes at once
+                        fillings.append(self.checkpoint.gather(boxes, out[begin:at]))
+                        out[at : at + size].copy_(e8m0_bytes(self._raw(*box), name).flatten())
+                        boxes, begin = [], at + size
+                    at += size
+        fillings.append(self.checkpoint.gather(boxes, out[begin:at]))
+        return fillings
 
     def complete(self) -> None:
         """Proves that every tensor of the model gave this rank its share."""
@@ -235,19 +302,6 @@ class Shards:
         scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
         return codes.contiguous(), e8m0_bytes(scales, base + ".weight_scale").contiguous()
 
-    def _code_parts(
-        self, base: str, box: tuple[range, range], out: tuple[torch.Tensor, torch.Tensor]
-    ) -> Iterator[Part]:
-        """What reads `_codes` into `out`. Scales that are stored as floats are decoded there at once."""
-        rows, columns = box
-        names = self._stored(base), base + ".weight_scale"
-        for name, per, place in zip(names, (2, mxfp4.BLOCK), out, strict=True):
-            if self.checkpoint.spec(name).dtype in ("U8", "F8_E8M0"):
-                self.boxes.setdefault(name, []).append((rows, _divided(columns, per)))
-                yield name, rows, _divided(columns, per), place
-            else:
-                place.copy_(e8m0_bytes(self._raw(name, rows, _divided(columns, per)), name))
-
     def _tiles(self, base: str, rows: range) -> torch.Tensor:
         """The row of FP8 scales that belongs to each of `rows`."""
         chunk = self.checkpoint.chunk_rows(base) or self._shape(base)[0]
@@ -256,11 +310,16 @@ class Shards:
 
     def _scales(self, base: str, rows: range, columns: range) -> torch.Tensor:
         """The FP8 scales over a box, float32 [len(rows), column blocks]."""
+        box, tile = self._scale_box(base, rows, columns)
+        stored = self._raw(*box)
+        return stored[tile.to(stored.device)]
+
+    def _scale_box(self, base: str, rows: range, columns: range) -> tuple[Box, torch.Tensor]:
+        """The stored FP8 scales over a box, and which row of them belongs to each of its rows."""
         tile = self._tiles(base, rows)
         first, last = int(tile[0]), int(tile[-1])
         across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
-        stored = self._raw(base + ".weight_scale_inv", range(first, last + 1), across)
-        return stored[(tile - first).to(stored.device)]
+        return (base + ".weight_scale_inv", range(first, last + 1), across), tile - first
 
     def _scaled(self, box: Box, dtype: torch.dtype, codes: torch.Tensor) -> torch.Tensor:
         """FP8 codes of a box times their scales, which the codec gets one row each (`chunk_rows` 1).

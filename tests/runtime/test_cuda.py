@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from mimo_qat.checkpoint.reader import Checkpoint
-from mimo_runtime import staging
+from mimo_runtime import experts, staging
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
+from mimo_runtime.load import LoadConfig, load_target
+from mimo_runtime.parallel import Ranks
+from mimo_runtime.synthetic import tensors_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +42,20 @@ def test_what_threads_read_has_the_bytes_of_the_files(release, monkeypatch, slot
         expected = mapped.raw(name)
         expected = expected[:, : expected.shape[1] // 2].contiguous() if halved else expected
         assert torch.equal(tensor.cpu().view(torch.uint8), expected.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("slot", [1000, 2**24])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_loaded_share_has_the_bits_of_the_cpu(release, monkeypatch, slot, size):
+    """Packed experts, FP8 codes and values; buffers on the device of a few experts, used again many times."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", slot)
+    monkeypatch.setattr(experts, "BUFFER_BYTES", 10_000)
+    loaded = (
+        load_target(release, LoadConfig(device, experts="packed", linears="kernel", ranks=Ranks(size - 1, size)))
+        for device in ("cuda", "cpu")
+    )
+    for gpu, cpu in zip(*map(tensors_of, loaded), strict=True):
+        assert torch.equal(gpu.cpu().flatten().view(torch.uint8), cpu.flatten().view(torch.uint8))
 
 
 def test_noise_has_the_same_bits_as_on_the_cpu():

@@ -42,7 +42,7 @@ def staged(request, release, monkeypatch):
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
-        reader._take = lambda pieces, stream: take(pieces, "a stream")
+        reader._take = lambda pieces, out, stream: take(pieces, out, "a stream")
     yield reader
     reader.close()
     assert request.param == "cpu" or waits  # buffers were used again
@@ -65,15 +65,50 @@ def test_every_tensor_has_the_bytes_of_the_file(staged, release):
     assert staged.box(name, range(0), range(0)).numel() == 0
 
 
-def test_many_parts_at_once(staged, release):
-    """In any order, into parts of one tensor."""
+def test_many_boxes_at_once(staged, release):
+    """In any order, whole and cut, side by side."""
     mapped = Checkpoint(release)
     names = [n for n in mapped.names if n.endswith("down_proj.weight") and ".experts." in n]
     rows, columns = mapped.spec(names[0]).shape
-    out = torch.zeros(len(names), rows, columns // 2, dtype=torch.uint8)
-    right = range(columns // 2, columns)
-    staged.read((n, range(rows), right, out[i]) for i, n in reversed(list(enumerate(names))))
-    assert torch.equal(out, torch.stack([mapped.raw(n)[:, columns // 2 :] for n in names]))
+    boxes = [(n, range(rows), range(columns // 2 * (i % 2), columns)) for i, n in enumerate(names[::-1])]
+    expected = torch.cat([mapped.box(*box).contiguous().flatten() for box in boxes])
+    out = torch.zeros(len(expected) + 2, dtype=torch.uint8)
+    staged.gather(boxes, out[1:-1]).wait()
+    assert torch.equal(out[1:-1], expected) and out[0] == out[-1] == 0
+    mapped.gather(boxes, out[1:-1]).wait()
+    assert torch.equal(out[1:-1], expected)
+
+
+def test_neighbours_in_a_file_are_read_together(release, monkeypatch):
+    """All that a file holds, in its order, by as many calls as there are buffers of it, each of them full."""
+    reader = StagedCheckpoint(release, "cpu")
+    file = next(reader.spec(n).file for n in reader.names if ".experts." in n)
+    names = sorted((n for n in reader.names if reader.spec(n).file == file), key=reader._offsets.get)
+    boxes = []
+    for name in names:
+        shape = reader.spec(name).shape
+        boxes.append((name, range(torch.Size(shape[:-1]).numel()), range(shape[-1])))
+    total = sum(reader.spec(n).nbytes for n in names)
+    monkeypatch.setattr(staging, "SLOT_BYTES", total // 3 + 1)
+    out = torch.empty(total, dtype=torch.uint8)
+    reader.gather(boxes, out).wait()
+    assert (reader.times.reads, reader.times.bytes) == (3, total) and len(names) > 3
+    assert bytes(out.numpy().data) == (release / file).read_bytes()[-total:]
+    reader.close()
+
+
+def test_the_tensor_that_a_file_ends_in_is_named(release):
+    """Also where one call reads several."""
+    reader = StagedCheckpoint(release, "cpu")
+    file = next(reader.spec(n).file for n in reader.names if ".experts." in n)
+    names = sorted((n for n in reader.names if reader.spec(n).file == file), key=reader._offsets.get)
+    path, middle = release / file, names[len(names) // 2]
+    path.write_bytes(path.read_bytes()[: reader._offsets[middle] + 1])
+    boxes = [(n, *map(range, reader.spec(n).shape)) for n in names if len(reader.spec(n).shape) == 2]
+    out = torch.empty(sum(reader.spec(b[0]).nbytes for b in boxes), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"{file} ended inside {middle}: .* fetch it again"):
+        reader.gather(boxes, out).wait()
+    reader.close()
 
 
 def test_a_file_that_ends_too_early_is_named(release):
@@ -100,16 +135,17 @@ def test_a_failed_read_ends_at_once(release, monkeypatch):
     monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
     staged = StagedCheckpoint(release, "cpu")
     name = next(n for n in staged.names if n.endswith("lm_head.weight"))
-    calls, real = [], staged._read_into
+    calls, real = [], staged._read_at
 
-    def slow(view, spec, skip):
-        calls.append(skip)
+    def slow(view, file, offset):
+        calls.append(offset)
         if len(calls) == 1:
             raise OSError("the disk is gone")
         time.sleep(0.05)
-        real(view, spec, skip)
+        real(view, file, offset)
 
-    monkeypatch.setattr(staged, "_read_into", slow)
+    monkeypatch.setattr(staged, "_read_at", slow)
+    monkeypatch.setattr(staging, "LEAST_BYTES", 1000)
     with pytest.raises(OSError, match="the disk is gone"):
         staged.raw(name)
     staged.close()
@@ -146,6 +182,12 @@ def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
     assert found["layers"] == stored.geometry.num_hidden_layers < 4
     assert total / ranks <= 1e9 * found["rank_gb"] < 1.2 * total / ranks
     assert found["ratio"] == pytest.approx(found["load_gb_per_s"] / found["read_gb_per_s"])
+    caller, threads = found["parts"]["caller"], found["parts"]["threads"]
+    assert set(caller) == {"open", "spine", "plan", "wait", "pack", "drain"} and min(caller.values()) >= 0
+    assert sum(caller.values()) <= found["load_seconds"] and threads["reading"] >= 0
+    assert threads["bytes"] >= 1e9 * found["rank_gb"]
+    assert ranks > 1 or 0 < threads["reads"] < len(stored.names)  # neighbours together
+    assert found["ratio_of_reachable"] == found["ratio"] and found["rates"] == {}  # nothing is copied to a device
     with pytest.raises(SystemExit, match="2"):  # a folder that was there before must not be deleted
         bench_load.main()
     assert "give a folder that does not exist" in capsys.readouterr().err and (out / "config.json").is_file()
