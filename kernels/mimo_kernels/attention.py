@@ -87,8 +87,11 @@ def attention(
     window: int | None = None,
     sink: torch.Tensor | None = None,
     tree: TreeRows | None = None,
+    padded: int | None = None,
 ) -> torch.Tensor:
     """BF16 [T, N, V] of q BF16 [T, N, K], T <= 16, and a cache of keys BF16 [G, S, K] and values BF16 [G, S, V].
+
+    With `padded` >= T the result is [padded, N, V], and rows from T on repeat row T - 1.
 
     `start` int32 or int64 [] is the number of committed rows; rows start to start + T - 1 are already in the cache.
     `window` counts the row itself and needs S >= window - 1 + T; without one S >= start + T, which is not checked on a
@@ -97,12 +100,21 @@ def attention(
     and dtypes, and on a GPU for a K that is not one or two powers of two from 16 on, or a V that is not one.
     """
     _check(q, keys, values, start, window, sink, tree)
+    if padded is not None and padded < len(q):
+        raise ValueError(f"padded: {padded} rows are fewer than the {len(q)} of q; leave it out")
     if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9:
         from . import attention_triton
 
-        return attention_triton.attention(q, keys, values, start, scale=scale, window=window, sink=sink, tree=tree)
-    out = reference(q, keys, values, start, scale=scale, window=window, sink=sink, tree=tree)
-    return out.to(torch.bfloat16)
+        return attention_triton.attention(
+            q, keys, values, start, scale=scale, window=window, sink=sink, tree=tree, padded=padded
+        )
+    out = reference(q, keys, values, start, scale=scale, window=window, sink=sink, tree=tree).to(torch.bfloat16)
+    return repeated(out, padded or len(q))
+
+
+def repeated(x: torch.Tensor, padded: int) -> torch.Tensor:
+    """x [T, ...] with its last row repeated up to `padded` rows."""
+    return x if padded == len(x) else torch.cat((x, x[-1:].expand(padded - len(x), *x.shape[1:])))
 
 
 def fits(k_dim: int, v_dim: int) -> bool:

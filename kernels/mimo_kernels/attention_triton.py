@@ -100,12 +100,12 @@ def _seen(position, query, first, bits, WINDOW: tl.constexpr, TREE: tl.constexpr
 @triton.jit
 def _attend_kernel(
     OUT, STATS, Q, KEYS, VALUES, START, SINK, DEPTHS, ANCESTORS,
-    q_stride, k_stride, v_stride, slots, tokens, scale,
+    q_stride, k_stride, v_stride, slots, tokens, padded, scale,
     GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr, HAS_SINK: tl.constexpr, MAX_TOKENS: tl.constexpr,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """OUT [tokens, N, V] of Q [tokens, N, K], or with SPLITS > 1 float32 parts [SPLITS, tokens, N, V] and STATS.
+    """OUT [padded, N, V] of Q [tokens, N, K], or with SPLITS > 1 float32 parts [SPLITS, tokens, N, V] and STATS.
 
     STATS float32 [2, SPLITS, tokens, N]: the largest logit in units of ln 2, and the sum of 2**(logit - largest).
     `scale` has the factor log2(e), SINK has not. KEYS and VALUES [G, slots, ...] with the given strides of G; with PDL,
@@ -187,6 +187,9 @@ def _attend_kernel(
             acc = acc * decay[:, None]
         out = acc / weight[:, None]
         tl.store(OUT + row[:, None] * V + d[None, :], out.to(OUT.dtype.element_ty), mask=real[:, None])
+        for copy in range(1, padded - tokens + 1):
+            below = OUT + (row + copy * heads)[:, None] * V + d[None, :]
+            tl.store(below, out.to(OUT.dtype.element_ty), mask=(t == tokens - 1)[:, None])
     else:
         part = split * tokens * heads + row
         tl.store(OUT + part[:, None] * V + d[None, :], acc, mask=real[:, None])
@@ -200,9 +203,11 @@ def _join_kernel(
     V: tl.constexpr, HAS_SINK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, VB: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """OUT [tokens, heads, V] of what _attend_kernel left; a program has VB elements of a row of a head."""
+    """OUT [rows, heads, V] of what _attend_kernel left, rows beyond `tokens` as the last of these; a program has VB
+    elements of a row of a head."""
     wait(PDL)
-    row = tl.program_id(0)
+    to = tl.program_id(0)
+    row = tl.where(to < tokens * heads, to, (tokens - 1) * heads + to % heads)
     d = tl.program_id(1) * VB + tl.arange(0, VB)
     stored = tl.minimum(tl.load(START).to(tl.int32) + tokens, slots)
     size = _split_size(stored, SPLITS, BN)
@@ -220,7 +225,7 @@ def _join_kernel(
         extra = tl.exp2(sink - above)
     share = tl.exp2(top - above)
     out = tl.sum(acc * share[:, None], 0) / (tl.sum(weight * share, 0) + extra)
-    tl.store(OUT + row * V + d, out.to(OUT.dtype.element_ty))
+    tl.store(OUT + to * V + d, out.to(OUT.dtype.element_ty))
 
 
 def attention(
@@ -233,33 +238,35 @@ def attention(
     window: int | None = None,
     sink: torch.Tensor | None = None,
     tree: TreeRows | None = None,
+    padded: int | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """`attention.attention` for checked CUDA arguments (or, in Triton's interpreter, for CPU ones, also of float32)."""
     (tokens, heads, k_dim), (groups, slots, _), v_dim = q.shape, keys.shape, values.shape[2]
     head, tail = split_head(k_dim, v_dim)
+    padded = padded or tokens
     config = config or config_for(tokens * heads // groups, groups, slots)
     q, keys, values = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, keys, values))
     depths, ancestors = (
         (start, start) if tree is None else (tree[0].contiguous(), tree[1].contiguous().view(torch.uint8))
     )
-    out = torch.empty(tokens, heads, v_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(padded, heads, v_dim, dtype=q.dtype, device=q.device)
     parts, stats = out, out
     if config.splits > 1:
-        parts = torch.empty(config.splits, *out.shape, dtype=torch.float32, device=q.device)
+        parts = torch.empty(config.splits, tokens, heads, v_dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(2, config.splits, tokens, heads, dtype=torch.float32, device=q.device)
     sinks = start if sink is None else sink.contiguous()
     with torch.cuda.device_of(q):
         _attend_kernel[(config.splits, groups, triton.cdiv(tokens * heads // groups, config.rows))](
             parts, stats, q, keys, values, start, sinks, depths, ancestors,
-            q.stride(0), keys.stride(0), values.stride(0), slots, tokens, scale * _LOG2_E,
+            q.stride(0), keys.stride(0), values.stride(0), slots, tokens, padded, scale * _LOG2_E,
             heads // groups, head, tail, v_dim, window or 0, tree is not None, sink is not None, MAX_ROWS,
             config.splits, config.rows, config.keys, slots if window and config.splits == 1 else 0, **dependent(q),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if config.splits > 1:
             columns = min(_COLUMNS, v_dim)
-            _join_kernel[(tokens * heads, v_dim // columns)](
+            _join_kernel[(padded * heads, v_dim // columns)](
                 out, parts, stats, start, sinks, slots, tokens, heads,
                 v_dim, sink is not None, config.splits, config.keys, columns, **dependent(q),
             )  # fmt: skip

@@ -42,5 +42,6 @@ def attend(
                 qkv, cos, sin, keys, values, start, count, window, scale=scale, sink=sink, value_scale=value_scale
             )
     q = heads.split_heads(qkv, cos, sin, keys, values, start, count=count, value_scale=value_scale, norms=norms)
-    out = attention.attention(q[:count], keys, values, start, scale=scale, window=window, sink=sink, tree=tree)
-    return out if count == len(q) else torch.cat((out, out[-1:].expand(len(q) - count, -1, -1)))
+    return attention.attention(
+        q[:count], keys, values, start, scale=scale, window=window, sink=sink, tree=tree, padded=len(q)
+    )

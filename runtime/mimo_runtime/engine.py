@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mimo_kernels.choice import Best, tokens
 from mimo_qat.graphs import Graph
 from mimo_qat.models.draft_tree import (
     Tree,
@@ -37,13 +38,14 @@ from mimo_runtime.model import (
     keep_rows,
     new_caches,
     new_draft_caches,
+    rotations,
     rows_stand_alone,
     target_forward,
     tree_rows,
     without_host,
 )
 from mimo_runtime.parallel import Ranks, connect, place
-from mimo_runtime.rounds import Rounds, State, forced_chain, play, play_tree
+from mimo_runtime.rounds import SLOTS, Rounds, State, forced_chain, play, play_tree
 from mimo_runtime.speculate import (
     Round,
     Sampler,
@@ -131,11 +133,16 @@ class Engine:
         self.min_rows = 1 if slow else shape if self.block <= 16 and rows_stand_alone(self.target) else self.block
         if cfg.tree_budget < 0 or (cfg.tree_budget and self.drafter is None):
             raise ValueError(f"tree_budget is {cfg.tree_budget}; use 0, or a number of drafts where there is a drafter")
-        self.caches = new_caches(self.target, cfg.max_len, max(self.block, cfg.tree_budget + 1))
+        most_rows = max(self.block, cfg.tree_budget + 1)
+        table = rotations(self.target, self.drafter, cfg.max_len + most_rows)
+        self.target = replace(self.target, rotations=table)
+        self.drafter = self.drafter and replace(self.drafter, rotations=table)
+        self.caches = new_caches(self.target, cfg.max_len, most_rows)
         self.draft_caches = new_draft_caches(self.drafter, cfg.max_len) if self.drafter else []
         if cfg.cuda_graphs:
-            self._check_graphs(max(self.block, cfg.tree_budget + 1))
-        self.state = State(self.target.geometry.vocab_size, cfg.max_len, self.block, self.device)
+            self._check_graphs(most_rows)
+        slots = max(SLOTS, cfg.rounds_ahead)
+        self.state = State(self.target.geometry.vocab_size, cfg.max_len, self.block, self.device, slots)
         # A CPU computes when it is asked to, so that rounds ahead would only be late; and ranks compare every round.
         ahead = 1 if self.device.type == "cpu" or cfg.check_ranks else cfg.rounds_ahead
         self.rounds = Rounds(self.state, ahead, cfg.cuda_graphs, self.ranks)
@@ -239,10 +246,10 @@ class Engine:
             self.mark("draft")
             return drafts
 
-        def verify(ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-            logits = self._advance(drafter, ids, position)
+        def verify(ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor | Best:
+            found = self._advance(drafter, ids, position, greedy=sampler.greedy)
             self.mark("verify")
-            return logits
+            return found
 
         play(self.state, draft, verify, sampler)
         self.mark("accept")
@@ -257,7 +264,10 @@ class Engine:
     def _draft(self, drafter: Drafter, sampler: Sampler) -> torch.Tensor:
         """The drafter's tokens [block - 1] after the anchor: the best of each slot, or the selector's chain."""
         anchor, start = self.state.anchor, self.state.position
-        hidden, logits = draft_forward(self.target, drafter, self.draft_caches, anchor, start)
+        greedy = sampler.greedy and drafter.selector is None
+        hidden, logits = draft_forward(self.target, drafter, self.draft_caches, anchor, start, greedy=greedy)
+        if greedy:
+            return tokens(logits)
         if drafter.selector is None:
             return choose(logits, start + 1 + torch.arange(len(logits), device=self.device), sampler)
         return greedy_chain(draft_candidates(drafter.selector, hidden, logits, anchor[0], start, sampler))
@@ -284,8 +294,8 @@ class Engine:
             self.mark("draft")
             return tree
 
-        def verify(ids: torch.Tensor, tree: TreeTensors, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            found = self._verify_tree(ids, position, tree.depths, tree.visible)
+        def verify(ids: torch.Tensor, tree: TreeTensors, position: torch.Tensor) -> tuple[Any, torch.Tensor]:
+            found = self._verify_tree(ids, position, tree.depths, tree.visible, greedy=sampler.greedy)
             self.mark("verify")
             return found
 
@@ -367,28 +377,40 @@ class Engine:
         return self._graphs[key](*inputs)
 
     def _advance(
-        self, drafter: Drafter | None, ids: torch.Tensor, start: Position, logits_from: int | None = None
-    ) -> torch.Tensor:
-        """Target logits of a prefill's rows from `logits_from` on, or without it of all rows of a verification.
+        self,
+        drafter: Drafter | None,
+        ids: torch.Tensor,
+        start: Position,
+        logits_from: int | None = None,
+        greedy: bool = False,
+    ) -> Any:
+        """Target logits of a prefill's rows from `logits_from` on, or without it of all rows of a verification; where
+        `greedy`, the `Best` of each row.
 
         The drafter's context gets all rows; acceptance decides later how many count.
         """
         first, rows = (0, self.min_rows) if logits_from is None else (logits_from, 1)
         taps_of = drafter.taps if drafter else ()
         logits, taps = target_forward(
-            self.target, self.caches, ids, start, taps=taps_of, logits_from=first, min_rows=rows
+            self.target, self.caches, ids, start, taps=taps_of, logits_from=first, min_rows=rows, greedy=greedy
         )
         if drafter:
             draft_context(drafter, self.draft_caches, taps, start)
         return logits
 
     def _verify_tree(
-        self, ids: torch.Tensor, start: Position, depths: torch.Tensor, ancestors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and taps of the rows of a tree; the drafter's context waits for the walk."""
+        self,
+        ids: torch.Tensor,
+        start: Position,
+        depths: torch.Tensor,
+        ancestors: torch.Tensor,
+        greedy: bool = False,
+    ) -> tuple[Any, torch.Tensor]:
+        """Logits, or where `greedy` the `Best`, and taps of the rows of a tree; the drafter's context waits for the
+        walk."""
         assert self.drafter is not None
         taps_of, rows = self.drafter.taps, (depths, ancestors)
-        return target_forward(self.target, self.caches, ids, start, taps=taps_of, tree=rows)
+        return target_forward(self.target, self.caches, ids, start, taps=taps_of, tree=rows, greedy=greedy)
 
     def _draft_tree(self, drafter: Drafter, anchor: int, start: int, sampler: Sampler, budget: int) -> Tree:
         """The tree of at most `budget` drafts after `anchor`."""

@@ -25,6 +25,7 @@ from mimo_qat.checkpoint.reader import Box
 from mimo_runtime.experts import fill
 from mimo_runtime.norms import Norm
 from mimo_runtime.parallel import Ranks
+from mimo_runtime.rotary import Rotations
 from mimo_runtime.shards import Shards, check_target, local, query_heads
 from mimo_runtime.staging import StagedCheckpoint
 from mimo_runtime.weights import Weight, kernel_weight
@@ -138,6 +139,7 @@ class Target:
     head: Weight
     stop_token_ids: tuple[int, ...]
     ranks: Ranks
+    rotations: Rotations | None = None  # of all positions that a pass may ask for; without, each computes its own
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class Drafter:
     mask_embedding: torch.Tensor
     ranks: Ranks
     selector: Selector | None = None
+    rotations: Rotations | None = None  # as the target's
 
 
 class Progress:

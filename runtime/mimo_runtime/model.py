@@ -16,18 +16,24 @@ import torch
 import torch.nn.functional as F
 
 from mimo_kernels import attention as attention_kernels
+from mimo_kernels import choice as choice_kernels
 from mimo_kernels import heads as head_kernels
 from mimo_kernels import linear as linear_kernels
 from mimo_kernels import moe as moe_kernels
 from mimo_kernels import router as router_kernels
+from mimo_kernels import rows as row_kernels
+from mimo_kernels import swiglu as swiglu_kernels
 from mimo_kernels import window as window_kernels
+from mimo_kernels.choice import Best
 from mimo_kernels.moe import MAX_TOKENS, PackedExperts
 from mimo_kernels.moe_many import moe_many
+from mimo_kernels.rows import Embedding
 from mimo_qat.models.draft_tree import Tree
 from mimo_runtime.cache import LinearCache, Position, RingCache, visible
 from mimo_runtime.load import Attention, Conv, Drafter, Layer, LayerGeometry, Mlp, Moe, PlainExperts, Target
 from mimo_runtime.norms import add_norm, rms_norm
 from mimo_runtime.parallel import Ranks
+from mimo_runtime.rotary import Rotation, Rotations, rotation
 from mimo_runtime.weights import KernelWeight, Weight, rows_from
 
 FEW_ROWS = 32  # up to here a weight matrix costs its bytes, whatever the rows: every expert in use sees all of them
@@ -54,8 +60,9 @@ def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
 
 def swiglu(x: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)), unclamped; gate_up [2I, H] holds the gate rows first."""
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, down)
+    both = linear(x, gate_up)
+    few = not isinstance(gate_up, torch.Tensor) and len(x) <= swiglu_kernels.MAX_ROWS
+    return linear(swiglu_kernels.silu_mul(both) if few else swiglu_kernels.reference(both), down)
 
 
 def route(moe: Moe, x: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,30 +173,40 @@ class Rows:
     """
 
     def __init__(
-        self, start: Position, padded: int, like: torch.Tensor, tree: TreeRows | None = None, count: int | None = None
+        self,
+        start: Position,
+        padded: int,
+        like: torch.Tensor,
+        tree: TreeRows | None = None,
+        count: int | None = None,
+        rotations: Rotations | None = None,
+        embedding: Embedding | None = None,
     ):
-        """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype."""
+        """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype. What an
+        `embedding` has of them is in `embedded`, where it came with the rest in one launch, else None."""
         self.start, self.count, self.dtype, self.tree = start, padded if count is None else count, like.dtype, tree
+        self.ancestors: torch.Tensor | None = None
+        self.embedded: torch.Tensor | None = None
+        few = tree is None and padded <= row_kernels.MAX_ROWS
+        if few and isinstance(start, torch.Tensor) and rotations is not None and len(rotations.groups) == 1:
+            ((kinds, table),) = rotations.groups
+            self.positions, values, embedded = row_kernels.begin(start, padded, self.count, table, embedding)
+            self.embedded = embedded if embedding else None
+            self._memo: dict = {kind: (values[i, 0], values[i, 1]) for i, kind in enumerate(kinds)}
+            return
         place = torch.arange(padded, device=like.device).clamp_(max=self.count - 1)
-        self.depths, self.ancestors = place, None  # type: torch.Tensor, torch.Tensor | None
         if tree is not None:
             depths, ancestors = tree
-            self.depths, self.ancestors = depths[place], ancestors[place]
-        self.positions = start + self.depths
-        self._memo: dict = {}
+            place, self.ancestors = depths[place], ancestors[place]
+        self.positions = start + place
+        self._memo = {} if rotations is None else dict(rotations.rows(self.positions))
 
-    def rotation(self, theta: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [T, 1, dim/2]: angles in float32, then the compute dtype."""
-        if (theta, dim) not in self._memo:
-            exponents = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32) / dim
-            angles = self.positions[:, None, None].float() * theta**-exponents
-            self._memo[theta, dim] = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        return self._memo[theta, dim]
-
-    def rotation_rows(self, g: LayerGeometry) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotation` as the kernels take it, each [T, dim/2]."""
-        cos, sin = self.rotation(g.rope_theta, g.rotary_dim)
-        return cos[:, 0], sin[:, 0]
+    def rotation(self, g: LayerGeometry) -> Rotation:
+        """cos and sin, each [T, dim/2], in the compute dtype."""
+        kind = g.rope_theta, g.rotary_dim
+        if kind not in self._memo:
+            self._memo[kind] = rotation(self.positions, kind, self.dtype)
+        return self._memo[kind]
 
     def mask(self, cache: RingCache) -> torch.Tensor:
         """What these rows see of the keys that `cache.extend` returned for them."""
@@ -208,8 +225,10 @@ class Rows:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split (NeoX) rotary embedding of the first 2 * cos.shape[-1] elements of each head; the rest passes."""
+    """Half-split (NeoX) rotary embedding of the first R elements of each head of x [T, heads, K], by cos and sin
+    [T, R/2]; the rest passes."""
     half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
@@ -227,7 +246,7 @@ def project(w: Attention, x: torch.Tensor, rows: Rows, queries: bool = True):
     if w.q_norm is not None and w.k_norm is not None:
         q, k = qk.split((heads, g.kv_heads), dim=1)
         qk = torch.cat((rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)), dim=1)
-    q, k = rotate(qk, *rows.rotation(g.rope_theta, g.rotary_dim)).split((heads, g.kv_heads), dim=1)
+    q, k = rotate(qk, *rows.rotation(g)).split((heads, g.kv_heads), dim=1)
     return q, k, v.reshape(len(x), g.kv_heads, g.v_head_dim) * w.value_scale
 
 
@@ -250,7 +269,7 @@ def stored_heads(
     """The queries [T, N, K] of x [T, H]; keys and values of its first `count` rows go into `slots` [G, S, K] and
     [G, S, V], at (start + row) % S."""
     if w.fused and len(x) <= head_kernels.MAX_ROWS:
-        cos, sin = rows.rotation_rows(w.geometry)
+        cos, sin = rows.rotation(w.geometry)
         qkv = linear(x, w.qkv if queries else rows_from(w.qkv, w.geometry.heads * w.geometry.head_dim))
         return head_kernels.split_heads(
             qkv, cos, sin, *slots, start, count=count, value_scale=w.value_scale, norms=head_norms(w)
@@ -271,14 +290,13 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     if w.kernel and few and isinstance(rows.start, torch.Tensor):
         kw: dict[str, Any] = {"scale": scale, "window": w.window, "sink": w.sink, "tree": rows.tree}
         if w.fused and len(x) <= head_kernels.MAX_ROWS:
-            cos, sin = rows.rotation_rows(w.geometry)
+            cos, sin = rows.rotation(w.geometry)
             kw |= {"count": rows.count, "value_scale": w.value_scale, "norms": head_norms(w)}
             out = window_kernels.attend(linear(x, w.qkv), cos, sin, *cache.ring(), rows.start, **kw).flatten(1)
         else:
             q = stored_heads(w, x, rows, cache.ring(), rows.start, rows.count)
+            kw["padded"] = len(x)  # padding repeats the last row, so that it asks for no expert of its own
             out = attention_kernels.attention(q[: rows.count], *cache.ring(), rows.start, **kw).flatten(1)
-            if len(x) > rows.count:  # padding repeats the last row, so that it asks for no expert of its own
-                out = torch.cat((out, out[-1:].expand(len(x) - rows.count, -1)))
     else:
         q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
@@ -317,6 +335,19 @@ def rows_stand_alone(target: Target) -> bool:
     return target.embed.is_cuda and head and all(map(alone, target.layers))
 
 
+def head_logits(target: Target, x: torch.Tensor, count: int) -> torch.Tensor:
+    """Float32 logits [count, vocabulary] of the first `count` normed rows x [T, H]."""
+    return target.ranks.gather(linear(x, target.head))[:count].float()
+
+
+def head_choice(target: Target, x: torch.Tensor, count: int, limit: int | None = None) -> Best:
+    """The greedy choice of these rows, among tokens below `limit`: each rank has its share of the vocabulary, and only
+    what is best in it travels."""
+    logits = linear(x, target.head)[:count]
+    first = target.ranks.rank * logits.shape[1]
+    return Best(target.ranks.gather(choice_kernels.best(logits, first, limit)))
+
+
 def target_forward(
     target: Target,
     caches: Sequence[RingCache],
@@ -327,20 +358,24 @@ def target_forward(
     logits_from: int = 0,
     min_rows: int = 1,
     tree: TreeRows | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    greedy: bool = False,
+) -> tuple[Any, torch.Tensor]:
     """tokens [T] at positions start.. -> logits [T - logits_from, vocabulary] float32 and taps [T, len(taps)*H].
 
     A tap i is the residual stream after layer i, before the final norm. Fewer than `min_rows` rows are computed as
     `min_rows`, by repeating the last one (same experts, same bytes), so that a token's bits do not depend on how many
     neighbours it is computed with. With a `tree`, row 0 is its anchor and row i its node i: each sees its ancestors.
+    Where `greedy`, the logits are left out for the `Best` of each row.
     """
     count = len(tokens)
     padded = max(count, min_rows)
-    if padded > count:
-        tokens = torch.cat((tokens, tokens[-1:].expand(padded - count)))
     ranks = target.ranks
-    x = embed(target, tokens)
-    rows = Rows(start, padded, x, tree, count)
+    share = Embedding(tokens, target.embed, ranks.rank * len(target.embed))
+    rows = Rows(start, padded, target.embed, tree, count, target.rotations, share)
+    if rows.embedded is None:
+        x = embed(target, torch.cat((tokens, tokens[-1:].expand(padded - count))) if padded > count else tokens)
+    else:
+        x = ranks.sum(rows.embedded)
     part, tapped = None, {}  # what the last sublayer adds to the residual stream x when it is normed next
     for i, (layer, cache) in enumerate(zip(target.layers, caches, strict=True)):
         x, normed = ranks.add_norm(x, part, layer.input_norm)
@@ -353,8 +388,10 @@ def target_forward(
     tapped[len(target.layers) - 1] = x[:count]
     normed = normed[logits_from:]
     ranks.record(normed)
-    logits = ranks.gather(linear(normed, target.head))[: count - logits_from].float()
-    return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
+    found = (
+        head_choice(target, normed, count - logits_from) if greedy else head_logits(target, normed, count - logits_from)
+    )
+    return found, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
 
 
 def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Tensor, start: Position) -> None:
@@ -363,7 +400,7 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
     Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
     """
     _, context = add_norm(drafter.ranks.gather(linear(taps, drafter.fc)), None, drafter.hidden_norm)
-    rows = Rows(start, len(taps), taps)
+    rows = Rows(start, len(taps), taps, rotations=drafter.rotations)
     for layer, cache in zip(drafter.layers, caches, strict=True):
         if isinstance(start, torch.Tensor):
             stored_heads(layer.attention, context, rows, cache.ring(), start, len(taps), queries=False)
@@ -404,9 +441,16 @@ def convolved(conv: Conv | None, x: torch.Tensor, sublayer: Callable[[torch.Tens
 
 
 def draft_forward(
-    target: Target, drafter: Drafter, caches: Sequence[RingCache], anchor: torch.Tensor, start: Position
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden rows [B-1, H], logits [B-1, vocabulary] float32) of the B-1 tokens after `anchor` [1] at `start`.
+    target: Target,
+    drafter: Drafter,
+    caches: Sequence[RingCache],
+    anchor: torch.Tensor,
+    start: Position,
+    *,
+    greedy: bool = False,
+) -> tuple[torch.Tensor, Any]:
+    """(hidden rows [B-1, H], logits [B-1, vocabulary] float32) of the B-1 tokens after `anchor` [1] at `start`; where
+    `greedy`, the `Best` of each row in place of logits.
 
     The block is [anchor, MASK x (B-1)]; it sees the committed context (positions < start, inside the window that each
     query counts from itself) and itself: a tree in which every row is everybody's ancestor. What it leaves in the
@@ -415,7 +459,7 @@ def draft_forward(
     block, ranks = drafter.block, drafter.ranks
     x = torch.cat((embed(target, anchor), drafter.mask_embedding.expand(block - 1, -1)))
     every = torch.arange(block, device=x.device), torch.ones(block, block, dtype=torch.bool, device=x.device)
-    rows = Rows(start, block, x, None if drafter.causal else every)
+    rows = Rows(start, block, x, None if drafter.causal else every, rotations=drafter.rotations)
     update = None
     for layer, cache in zip(drafter.layers, caches, strict=True):
         x, normed = add_norm(x, update, layer.input_norm)
@@ -424,7 +468,9 @@ def draft_forward(
         update = convolved(layer.mlp_conv, normed, partial(draft_mlp, layer.mlp, ranks=ranks))
     x, hidden = add_norm(x, update, drafter.norm)
     ranks.record(hidden)
-    logits = ranks.gather(linear(hidden, target.head))[1:].float()
+    if greedy:
+        return hidden[1:], Best(head_choice(target, hidden, block, drafter.vocab_size).pairs[1:])
+    logits = head_logits(target, hidden, block)[1:]
     return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
 
 
@@ -436,6 +482,13 @@ def draft_attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows,
 def draft_mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The MLP of a drafter's layer, of all ranks together."""
     return ranks.sum(moe_kernels.combine(mlp(w, x, ranks)))
+
+
+def rotations(target: Target, drafter: Drafter | None, length: int) -> Rotations:
+    """A table for both of all positions below `length`."""
+    layers = (*target.layers, *(drafter.layers if drafter else ()))
+    kinds = [(g.rope_theta, g.rotary_dim) for g in (layer.attention.geometry for layer in layers)]
+    return Rotations.of(kinds, length, target.embed)
 
 
 def new_caches(target: Target, max_len: int, block: int) -> list[RingCache]:

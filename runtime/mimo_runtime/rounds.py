@@ -17,6 +17,8 @@ from functools import partial
 
 import torch
 
+from mimo_kernels import choice
+from mimo_kernels.choice import Best
 from mimo_qat.graphs import Graph
 from mimo_qat.models.draft_tree import TreeTensors
 from mimo_runtime.config import SamplingConfig
@@ -24,6 +26,8 @@ from mimo_runtime.parallel import Ranks
 from mimo_runtime.speculate import Round, Sampler, choose
 
 Step = Callable[[int | None], None]  # plays one round whose anchor is not behind that position, or anywhere for None
+
+SLOTS = 16  # records that a state keeps, hence rounds that may be ahead
 
 MOST_GRAPHS = 16  # kinds of rounds that stay captured; requests choose top_k, which is part of the kind
 
@@ -36,16 +40,21 @@ class State:
     [vocabulary] bool: tokens that end the text.
     record [3 + block]: what the last round did: tokens committed, drafts accepted, `left` after it, and the target's
     own token at each row of the chain or of the tree's path, of which the first ones are those committed.
+    records [slots, 3 + block], slot []: the same of the last rounds, each in the slot that was next, so that a round
+    need not wait until somebody has read what the one before it did.
     truth [max_len + block + 1] and accept [max_len + 1], for forced acceptance: the token at each position (-1 where it
     is not known) and the drafts to accept in each round.
     """
 
-    def __init__(self, vocab_size: int, max_len: int, block: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, vocab_size: int, max_len: int, block: int, device: torch.device | str = "cpu", slots: int = SLOTS
+    ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.anchor, self.position, self.left, self.turn = zeros(1), zeros(), zeros(), zeros()
         self.stops, self.record = zeros(vocab_size, dtype=torch.bool), zeros(3 + block)
+        self.records, self.slot = zeros(slots, 3 + block), zeros()
         self.truth, self.accept = zeros(max_len + block + 1), zeros(max_len + 1)
         self.temperature, self.top_p = zeros(dtype=torch.float32), zeros(dtype=torch.float32)
         self.seed = zeros()
@@ -67,6 +76,12 @@ class State:
         self.seed.copy_(new.seed)
         return new._replace(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
+    def text(self) -> choice.Text:
+        """What acceptance changes."""
+        return choice.Text(
+            self.anchor, self.position, self.left, self.turn, self.stops, self.record, self.records, self.slot
+        )
+
     def force(self, truth: list[int], first: int, lengths: list[int]) -> None:
         """Sets what `forced_chain` drafts: truth[i] is the token at position `first` + i, and round r has
         lengths[r % len(lengths)] true drafts."""
@@ -85,48 +100,32 @@ def forced_chain(state: State, count: int) -> torch.Tensor:
     return torch.where(slots < accept, ahead, (ahead + 1) % len(state.stops))
 
 
-def commit(state: State, accepted: torch.Tensor, own: torch.Tensor) -> None:
-    """Advances `state` by `accepted` [] drafts, which are the target's own tokens, and by the one after them.
-
-    `own[i]` of [D + 1] is the target's token after the anchor and i drafts, whatever it is after more than were
-    accepted. A stop token or the budget may end the round earlier.
-    """
-    rows = torch.arange(len(own), device=own.device)
-    stop = rows.masked_fill(~state.stops[own], len(own)).amin()
-    kept = torch.minimum(torch.minimum(accepted, stop) + 1, state.left)
-    state.left.copy_((state.left - kept).masked_fill(stop < kept, 0))
-    last = own.gather(0, (kept - 1).clamp(min=0)[None])
-    state.anchor.copy_(torch.where(kept > 0, last, state.anchor))
-    state.position += kept
-    state.turn += kept > 0
-    state.record[: 3 + len(own)] = torch.cat((torch.stack((kept, accepted, state.left)), own))
-
-
 def play(
     state: State,
     draft: Callable[[], torch.Tensor],
-    verify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    verify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | Best],
     sampler: Sampler,
 ) -> None:
     """One round: `draft()` gives tokens [D] after the anchor, `verify(rows [D + 1], position [])` the target's logits
-    [D + 1, vocabulary] after each of [anchor, drafts...]."""
+    [D + 1, vocabulary] after each of [anchor, drafts...], or of a greedy sampler the best of them."""
     drafts = draft()
-    rows = torch.cat((state.anchor, drafts))
-    positions = state.position + 1 + torch.arange(len(rows), device=rows.device)
-    own = choose(verify(rows, state.position), positions, sampler)
-    commit(state, (drafts == own[:-1]).long().cumprod(0).sum(), own)
+    rows = torch.cat((state.anchor, drafts)) if len(drafts) else state.anchor
+    own = verify(rows, state.position)
+    if not isinstance(own, Best):
+        own = choose(own, state.position + 1 + torch.arange(len(rows), device=rows.device), sampler)
+    choice.accept(state.text(), drafts, own)
 
 
 def play_tree(
     state: State,
     draft: Callable[[], TreeTensors],
-    verify: Callable[[torch.Tensor, TreeTensors, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    verify: Callable[[torch.Tensor, TreeTensors, torch.Tensor], tuple[torch.Tensor | Best, torch.Tensor]],
     keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
     slots: int,
     sampler: Sampler,
 ) -> None:
     """One round of a tree: `draft()` gives n nodes, at most `slots` deep, `verify(rows [n + 1], tree, position [])` the
-    target's logits [n + 1, vocabulary] after each of [anchor, nodes...], and the taps of these rows.
+    target's logits [n + 1, vocabulary] after each of [anchor, nodes...], or the best of them, and the taps of these.
 
     `keep(path [A], taps, position [])` makes those rows the ones at position, position + 1, ...; A is fixed, and what
     lies beyond the committed length afterwards counts as rejected. All nodes of a depth share one position, hence one
@@ -138,22 +137,27 @@ def play_tree(
     own = choose(logits, state.position + 1 + tree.depths, sampler)
     path, accepted = tree.walk(own, slots)
     keep(path, taps, state.position)
-    commit(state, accepted, own[path])
+    choice.advance(state.text(), accepted, own[path])
 
 
 class Rounds:
     """Plays rounds on one `state`, `ahead` of them at most before it looks at what the first one did.
 
-    Records come through pinned memory, copied by the stream that plays the rounds, each with an event: the host waits
-    for the round that it reads and for nothing else. Every rank reads the same records, so all enqueue alike.
+    Records come through pinned memory, each with an event: the host waits for the round that it reads and for nothing
+    else. A stream of their own copies them, so that the next round begins without them; its slot of the state is
+    written again only after the host has read it. Every rank reads the same records, so all enqueue alike.
     """
 
     def __init__(self, state: State, ahead: int, graphs: bool, ranks: Ranks):
+        """ValueError where the state keeps fewer records than are ahead."""
+        if ahead > len(state.records):
+            raise ValueError(f"{ahead} rounds ahead of a state with {len(state.records)} slots; give it more slots")
         self.state, self.ahead, self.ranks = state, ahead, ranks
         self.graphs: dict[Hashable, Graph] | None = {} if graphs else None
-        cuda = state.record.is_cuda
-        self.records = torch.zeros(ahead, len(state.record), dtype=torch.int64, pin_memory=cuda)
-        self.events = [torch.cuda.Event() for _ in range(ahead)] if cuda else []
+        cuda = state.records.is_cuda
+        self.records = torch.zeros(state.records.shape, dtype=torch.int64, pin_memory=cuda)
+        self.aside = torch.cuda.Stream(state.records.device) if cuda else None
+        self.events = [torch.cuda.Event() for _ in self.records] if cuda else []
 
     def run(
         self, step: Step, kind: Hashable, start: int, left: int, most: int, drafted: int | None = None
@@ -167,11 +171,12 @@ class Rounds:
         if self.graphs is not None:
             step = self._captured(step, kind)
         self.state.left.fill_(left)
+        self.state.slot.zero_()
         waiting: deque[int] = deque()  # slots of rounds that were enqueued and not read
         enqueued = 0
         while left:
             while len(waiting) < min(self.ahead, left):  # each commits a token or ends the text
-                slot, enqueued = enqueued % self.ahead, enqueued + 1
+                slot, enqueued = enqueued % len(self.records), enqueued + 1
                 self._enqueue(step, start + len(waiting) * most, slot)
                 waiting.append(slot)
             kept, accepted, left, *own = self._read(waiting.popleft())
@@ -181,8 +186,12 @@ class Rounds:
     def _enqueue(self, step: Step, bound: int, slot: int) -> None:
         self.ranks.begin_pass()
         step(bound)
-        self.records[slot].copy_(self.state.record, non_blocking=True)
-        if self.events:
+        if self.aside is None:
+            self.records[slot].copy_(self.state.records[slot])
+            return
+        self.aside.wait_stream(torch.cuda.current_stream(self.aside.device))
+        with torch.cuda.stream(self.aside):
+            self.records[slot].copy_(self.state.records[slot], non_blocking=True)
             self.events[slot].record()
 
     def _read(self, slot: int) -> list[int]:

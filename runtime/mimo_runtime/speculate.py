@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from mimo_kernels.choice import Best, tokens
 from mimo_qat.models.draft_tree import (
     TOP_K,
     Candidates,
@@ -91,8 +92,12 @@ def scored(logits: torch.Tensor, positions: torch.Tensor, sampler: Sampler) -> t
     return values + gumbel_noise(sampler.seed, positions, ids), ids
 
 
-def choose(logits: torch.Tensor, positions: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-    """The token [R] for each row of logits [R, n], row r standing at position positions[r]."""
+def choose(logits: torch.Tensor | Best, positions: torch.Tensor, sampler: Sampler) -> torch.Tensor:
+    """The token [R] for each row of logits [R, n], row r standing at position positions[r]; of a greedy sampler the
+    best of each row will do."""
+    if isinstance(logits, Best):
+        assert sampler.greedy
+        return tokens(logits)
     if sampler.greedy:
         return logits.argmax(-1)
     values, ids = scored(logits, positions, sampler)

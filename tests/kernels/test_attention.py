@@ -159,7 +159,7 @@ def test_refusals():
 
 @outside
 def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, 57)
+    pass_in_the_interpreter(__file__, 65)
 
 
 @pytest.fixture
@@ -280,6 +280,20 @@ def test_configurations():
     for k_dim, v_dim in ((80 + 32, 64), (72, 64), (8, 16), (64, 96)):
         with pytest.raises(ValueError, match="pad the heads"):
             at.split_head(k_dim, v_dim)
+
+
+@inside
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 8), (5, 8), (8, 8), (16, 17)])
+def test_padding_repeats_the_last_row(kernels, tokens, padded, splits, assert_same_bits):
+    """In one launch as in two; the real rows are those without padding."""
+    case = random_case(tokens, tokens, 8, 2, 64)
+    alone = both(kernels, case, 37, splits)
+    q, keys, values, _ = case
+    config = kernels.Config(16, 16, 4, 3, splits)
+    kw = {"scale": q.shape[2] ** -0.5, "config": config, "padded": padded}
+    y = kernels.attention(q, keys, values, torch.tensor(37), **kw)
+    assert_same_bits(y, att.repeated(alone, padded))
 
 
 # ---- the machine code

@@ -89,7 +89,7 @@ def test_what_the_model_and_its_cache_do(normed, assert_same_bits):
         geometry=geometry, qkv=torch.eye(qkv.shape[1], dtype=torch.bfloat16), value_scale=0.612, eps=1e-5,
         q_norm=norms and norms.q, k_norm=norms and norms.k,
     )  # fmt: skip
-    rows = SimpleNamespace(rotation=lambda theta, dim: (cos[:, None], sin[:, None]))
+    rows = SimpleNamespace(rotation=lambda geometry: (cos, sin))
     expected_q, expected_k, expected_v = model.project(w, qkv, rows)
     cache = RingCache((2, 192, 128), 40, 32, block=8, dtype=torch.bfloat16)
     cache.k[:], cache.v[:] = keys, values

@@ -78,6 +78,16 @@ KERNELS = [
     ("residual", "_add_rms_norm_kernel",
      dict.fromkeys(("SUM", "NORMED", "X", "UPDATE", "WEIGHT"), "*bf16") | {"eps": "fp32"},
      {"H": 4096, "PARTS": 1, "BLOCK": 4096}, 16, 3, True),
+    ("swiglu", "_silu_mul_kernel", {"OUT": "*bf16", "X": "*bf16"},
+     {"COLUMNS": 4096, "BLOCK": 512, "LIBRARY": True}, 4, 3, False),
+    ("rows", "_begin_kernel",
+     dict.fromkeys(("POSITIONS", "START", "TOKENS"), "*i64")
+     | dict.fromkeys(("ROTATED", "ROWS", "TABLE", "EMBED"), "*bf16"),
+     {"H": 4096, "HALF": 32, "COUNT": 4, "HALF_BLOCK": 32, "COUNT_BLOCK": 4, "BLOCK": 1024}, 4, 3, False),
+    ("choice", "_best_kernel", {"PAIRS": "*i64", "LOGITS": "*bf16"}, {"COLUMNS": 38144, "BLOCK": 4096}, 4, 3, False),
+    ("choice", "_accept_kernel",
+     dict.fromkeys(("ANCHOR", "POSITION", "LEFT", "TURN", "RECORD", "RECORDS", "SLOT", "OWN", "DRAFTS"), "*i64")
+     | {"STOPS": "*u8"}, {"ROWS": 8, "PARTS": 64}, 1, 3, False),
     ("router", "_logits_kernel", {"PARTS": "*fp32", "X": "*bf16", "W": "*fp32"},
      {"E": 256, "H": 4096, "BE": 4, "BH": 512, "GROUP": 8}, 1, 3, True),
     ("router", "_choose_kernel",
@@ -142,7 +152,18 @@ def test_every_kernel_of_a_step_is_listed():
 
     import triton
 
-    for module in ("linear", "heads", "attention", "residual", "router", "moe", "allreduce"):
+    for module in (
+        "linear",
+        "heads",
+        "attention",
+        "residual",
+        "swiglu",
+        "choice",
+        "rows",
+        "router",
+        "moe",
+        "allreduce",
+    ):
         loaded = importlib.import_module(f"mimo_kernels.{module}_triton")
         names = {n for n, f in vars(loaded).items() if isinstance(f, triton.JITFunction) and n.endswith("_kernel")}
         assert names == {case[1] for case in KERNELS if case[0] == module}

@@ -223,6 +223,26 @@ def test_a_perfect_drafter_is_always_right_at_any_temperature():
     assert [r.accepted for r in rounds] == [7] * 10 and not any(r.cut for r in rounds)
 
 
+def test_a_record_stays_in_its_slot_until_the_slots_are_through():
+    """Whoever copies it on another stream may be late by as many rounds as there are slots, less one."""
+    table = torch.eye(40).roll(1, 1)
+    toy = Toy(table, lambda anchor, start: forced_chain(toy.state, 3).tolist(), SamplingConfig(), 4)
+    toy.state = State(40, 200, 4, slots=5)
+    toy.state.force(list(range(4, 40)), 11, [2])
+    rounds = Rounds(toy.state, 5, False, Ranks())
+    toy.sampler = toy.state.begin(3, 10, toy.sampling)
+    toy.state.left.fill_(40)
+    for played in range(1, 9):
+        toy.step()
+        assert int(toy.state.slot) == played % 5
+        for r in range(max(0, played - 5), played):
+            expected = [3, 2, 40 - 3 * (r + 1), *range(3 * r + 4, 3 * r + 7)]
+            assert toy.state.records[r % 5][:6].tolist() == expected
+    with pytest.raises(ValueError, match="6 rounds ahead of a state with 5 slots"):
+        Rounds(toy.state, 6, False, Ranks())
+    assert rounds.records.shape == toy.state.records.shape
+
+
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_a_round_that_is_cut_says_so(ahead):
     """A target that counts upwards; forced drafts, of which one in two rounds none is right."""

@@ -197,7 +197,7 @@ def test_in_bf16_trees_change_tokens_by_rounding_alone(tmp_path, tiny_config, ma
     assert_trees_round_alone(engine, exact, PROMPT, hot, [{}])
     verify = engine._verify_tree
     for wrong in WRONG_TREES.values():
-        engine._verify_tree = lambda ids, start, *tree, wrong=wrong: verify(ids, start, *wrong(*tree))
+        engine._verify_tree = lambda ids, start, *tree, wrong=wrong, **how: verify(ids, start, *wrong(*tree), **how)
         with pytest.raises(AssertionError, match="behind the best"):
             assert_trees_round_alone(engine, exact, PROMPT, hot, [{}])
 
