@@ -25,7 +25,8 @@ def runtime_bytes(
     """{"experts", "spine", "drafter", "workspace", "kv": {context: bytes}, "read_per_token"}, each for one rank.
 
     `experts` and `spine` say how the rank keeps its weights in memory. KV is BF16 and one sequence; a sliding-window
-    layer keeps window + block rows, the others whole contexts and a block. ValueError where the geometry does not
+    layer keeps window + block rows, the others whole contexts and a block; the table of rotations is counted with it,
+    as it is as long. ValueError where the geometry does not
     divide by `tp`.
     """
     g = Geometry.from_config(config)
@@ -89,4 +90,6 @@ def _kv_bytes(g: Geometry, d: DraftGeometry, tp: int, context: int) -> int:
         slots = g.sliding_window + block if layer.swa and g.sliding_window else whole
         total += 2 * math.ceil(layer.kv_heads / tp) * (layer.head_dim + layer.v_head_dim) * slots
     slots = d.sliding_window + block if d.sliding_window else whole
-    return total + d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * slots
+    total += d.num_hidden_layers * 4 * math.ceil(d.kv_heads / tp) * d.head_dim * slots
+    rotations = {(layer.rope_theta, layer.rotary_dim) for layer in g.layers} | {(d.rope_theta, d.rotary_dim)}
+    return total + sum(2 * dim * (context + block) for _, dim in rotations)

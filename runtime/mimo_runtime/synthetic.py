@@ -39,7 +39,7 @@ from mimo_runtime.config import BenchConfig, EngineConfig
 from mimo_runtime.engine import BLOCK, DTYPES, Engine
 from mimo_runtime.load import Drafter, Layer, LoadConfig, Moe, Target, target_of
 from mimo_runtime.load_drafter import drafter_of
-from mimo_runtime.model import new_caches, new_draft_caches
+from mimo_runtime.model import new_caches, new_draft_caches, rotations
 from mimo_runtime.parallel import Alone, Ranks, world
 from mimo_runtime.shards import Shards, head_rows, part
 from mimo_runtime.speculate import gumbel_noise
@@ -311,8 +311,9 @@ def tensors_of(thing: Any) -> Iterator[torch.Tensor]:
 def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: int, cfg: EngineConfig) -> dict[str, Any]:
     """Bytes of one of `size` ranks, all alike: {"experts", "spine", "drafter", "workspace", "kv": {context: bytes}}.
 
-    Weights and caches are built by the loader on the meta device, so they are what a run allocates; the workspace is
-    the estimate of `mimo-qat plan --runtime`.
+    Weights and caches are built by the loader on the meta device, so they are what a run allocates; the table of
+    rotations, which is as long as a cache, is counted with them. The workspace is the estimate of `mimo-qat plan
+    --runtime`.
     """
     bf16 = cfg.dtype == "bfloat16"  # then auto means codes, as on the GPUs that this is asked for
     experts = "packed" if bf16 and cfg.experts != "plain" else "plain"
@@ -324,7 +325,8 @@ def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: in
     kv = {}
     for context in CONTEXTS:
         draft_caches = new_draft_caches(drafter, context) if drafter else []
-        kv[str(context)] = allocated([*new_caches(target, context, rows), *draft_caches])
+        caches = [*new_caches(target, context, rows), *draft_caches]
+        kv[str(context)] = allocated([caches, rotations(target, drafter, context + rows)])
     return {
         "experts": allocated(routed),
         "spine": allocated(target) - allocated(routed),

@@ -278,10 +278,12 @@ def test_runtime_bytes(tiny_config):
     assert one["drafter"] == sum(s.nbytes for s in drafter_tensors(default_drafter_config(source)).values())
     assert eight["experts"] == one["experts"] / 8 == 47 * 256 * 3 * 4096 * 2048 * 17 / 32 / 8
     # Nine full layers of four key-value heads, one on each of eight ranks, of 8192 + 8 slots rounded up to 64s; 39
-    # sliding ones of 128 + 8 slots; and the drafter's five of 8 heads of 128, window 1024 and a block of 8.
+    # sliding ones of 128 + 8 slots; and the drafter's five of 8 heads of 128, window 1024 and a block of 8. Every rank
+    # has the cosines and sines of two thetas, 32 each, of 8192 + 8 positions.
+    table = 2 * 2 * 32 * 2 * 8200
     by_hand = 9 * 320 * 2 * 8256 + 39 * 320 * 2 * 136 + 5 * 2 * 128 * 2 * 1032
-    assert eight["kv"]["8192"] == by_hand
-    assert one["kv"]["8192"] == 4 * 9 * 320 * 2 * 8256 + 8 * (39 * 320 * 2 * 136 + 5 * 2 * 128 * 2 * 1032)
+    assert eight["kv"]["8192"] == by_hand + table
+    assert one["kv"]["8192"] == 4 * 9 * 320 * 2 * 8256 + 8 * (39 * 320 * 2 * 136 + 5 * 2 * 128 * 2 * 1032) + table
     with pytest.raises(ValueError, match="do not divide by tp 3"):
         runtime_bytes(source, 3, [8192], 1024)
     with pytest.raises(ValueError, match="whole MXFP4 blocks"):
