@@ -180,8 +180,6 @@ def test_experts_without_their_counts_are_wrong(generator, emulated):  # noqa: F
     x, ids = normal(2, 2048, generator=generator), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     weights = torch.rand(2, 2, generator=generator)
     expected = moe.reference(x, ids, weights, experts, torch.float64)
-    errors = []
-    for seed in range(2):
-        emulated(seed, together=True, multiprocessors=3, change=("flags[i] < INTER / 8", "false"))
-        errors.append(relative_error(moe_cuda.moe(x, ids, weights, packed), expected))
-    assert not all(error < 4e-3 for error in errors)
+    # One block after the other, so that the first comes to its second product before the others have begun.
+    emulated(multiprocessors=3, change=("flags[i] < INTER / 8", "false"))
+    assert not relative_error(moe_cuda.moe(x, ids, weights, packed), expected) < 4e-3
