@@ -34,7 +34,8 @@ def attend(
     The real rows' keys and values go into keys BF16 [G, S, K] and values BF16 [G, S, V]. `cos` and `sin` are BF16
     [T, R/2]; the rest is as in `split_heads` and `attention`, and so are the errors.
     """
-    if window is not None and norms is None and tree is None:
+    whole = sink is None or sink.is_contiguous()  # it is read early, when a copy of it might not be there
+    if window is not None and norms is None and tree is None and whole:
         from . import cuda, window_cuda
 
         if cuda.usable(qkv.device) and window_cuda.fits(qkv, cos, keys, values, count, window):

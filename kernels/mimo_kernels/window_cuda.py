@@ -62,7 +62,7 @@ def attend(
     key_rows = -(-slots // 16) * 16
     kernel = cuda.Kernel("window.cu", "attend", tuple(shapes.items()), _WARPS * 32, key_rows * (v_dim + 8) * 2)
     out = torch.empty(len(qkv), heads, v_dim, dtype=torch.bfloat16, device=qkv.device)
-    sinks = out if sink is None else sink.contiguous()
+    sinks = out if sink is None else sink
     tensors = (out, qkv, cos.contiguous(), sin.contiguous(), keys, values, start.long(), sinks)
     numbers = (groups, len(qkv), count, window, scale * _LOG2_E, value_scale)
     blocks = groups * -(-len(qkv) // (_ROWS // group))
