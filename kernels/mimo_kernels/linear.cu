@@ -2,9 +2,10 @@
 // launches it.
 //
 // A block has 32 rows, and its 16 warps a sixteenth of K each; their sums meet in shared memory, in order. A thread asks
-// for its first weights before it waits for the kernel before: nobody writes weights between two launches. With shapes
-// as they are in a decoder layer that is all of the matrix, held in the registers of all multiprocessors at once, so
-// that after the wait only the activations have to come, from the second-level cache.
+// for its first weights before it waits for the kernel before: nobody writes weights between two launches. Of the
+// products of a Flash layer at TP 4 and 8 that is all of the matrix, held in the registers of all multiprocessors at
+// once, so that after the wait only the activations have to come, from the second-level cache. Of a longer K it is the
+// first half or less, and the rest streams.
 //
 // Which columns meet in an MMA is free as long as weights and activations agree: a thread's 16 bytes of a row are
 // neighbours, and so are its activations.

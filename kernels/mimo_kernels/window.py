@@ -2,9 +2,9 @@
 `attention.attention`, which define it. Of a layer with a window, for at most 8 rows, both are one CUDA launch
 (`window_cuda`) on a GPU of compute capability 9: rotating rows again in every block is cheaper than a launch between.
 
-Bits of the one launch. There is one softmax, with the slots of the ring in their order and the rows of the call behind
-them. So the bits of a row depend on its own query, its position, the keys that it sees, the shapes, and on which of
-these keys came with its call, that is on `start`; not on rows it does not see, on how many there are, or on timing.
+Bits of the one launch. There is one softmax, and both sums go by the slots of the ring, in order, the call's own rows
+in theirs. So the bits of a row depend on its own query, its position, the keys that it sees and the shapes; not on
+which of these keys came with its call, on rows it does not see, on how many there are, or on timing.
 """
 
 import torch
