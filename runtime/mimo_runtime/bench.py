@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mimo_runtime.engine import Engine, Generation
 from mimo_runtime.parallel import Alone
 from mimo_runtime.prompts import Prompt, encode, load_prompts, load_tokenizer
 from mimo_runtime.synthetic import SyntheticEngine, described, drafter_config, dry_run, model_config, random_prompts
+from mimo_runtime.trace import traced
 
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}  # logit gap that rounding can turn; 0.25 is two bfloat16 steps at 16..32
 
@@ -178,6 +180,19 @@ def _breakdown(engine: Engine, runs: list[dict[str, Any]], cfg: BenchConfig, gb_
     }
 
 
+def _traces(engine: Engine, runs: list[dict[str, Any]], cfg: BenchConfig) -> dict[str, Any] | None:
+    """Of each way, on the prompt with the most tokens, beside the file that `cfg` names; None where it names none."""
+    if cfg.trace is None:
+        return None
+    ids, path = max(runs, key=lambda r: len(r["plain"].tokens))["ids"], Path(cfg.trace)
+    found = {}
+    for name, way in ways(engine, cfg).items():
+        found[name] = traced(engine, ids, cfg, path.with_name(f"{path.stem}-{name}.json"), **way)
+        print("trace, {}: {kernels} kernels a round; between two rounds the device waited {host_us:.1f} us, at most "
+              "{host_us_most:.1f}".format(name, **found[name]))  # fmt: skip
+    return found
+
+
 def _short(cfg: BenchConfig) -> BenchConfig:
     return replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
 
@@ -259,6 +274,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     bandwidth = read_bandwidth(engine.device)
     breakdown = _breakdown(engine, runs, cfg, bandwidth)
     print_breakdown(breakdown, engine.ranks.size)
+    traces = _traces(engine, runs, cfg)
     need = breakdown["plain"]["bytes_per_round"] if breakdown else 0
     used = need * rows["all"]["plain_tokens_per_second"] / 1e9
     print(f"plain decoding reads {used:,.1f} GB/s of {bandwidth:,.1f} measured")
@@ -282,6 +298,7 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         "synthetic_context": cfg.context,
         "roofline": {"bytes_per_token": need, "gb_per_s": used, "measured_gb_per_s": bandwidth},
         "breakdown": breakdown,
+        "traces": traces,
         "conditions": made,
         "records": _records(rows["all"], made),
     }
@@ -344,5 +361,6 @@ def conditions(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
         "one_rank": isinstance(engine.ranks, Alone),
         "command": command_line().replace("__main__.py", "mimo-runtime", 1),
         "commit": commit(),
-        "settings": {k: v for k, v in settings.items() if k not in ("output", "plot")} | {"device": str(engine.device)},
+        "settings": {k: v for k, v in settings.items() if k not in ("output", "plot", "trace")}
+        | {"device": str(engine.device)},
     }

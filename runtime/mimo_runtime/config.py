@@ -135,6 +135,9 @@ class BenchConfig(EngineConfig, SamplingConfig):
     """JSON file that gets the document too; `mimo-qat push --results` and docs/results/ take its records"""
     plot: str | None = None
     """image file that gets a bar chart of what a round's time is made of"""
+    trace: str | None = None
+    """FILE.json: FILE-plain.json, FILE-drafted.json, ... get Chrome traces of 16 rounds, and the document the time for
+    which the device waited for the host between them"""
     chat: bool = True
     """put each prompt into the tokenizer's chat template, if there is one"""
 
@@ -142,6 +145,8 @@ class BenchConfig(EngineConfig, SamplingConfig):
         super().__post_init__()
         if self.forced_acceptance is not None and self.forced_acceptance < 1:
             raise ValueError(f"forced_acceptance is {self.forced_acceptance}; a round yields 1 token or more")
+        if self.trace is not None and not self.cuda_graphs:
+            raise ValueError("trace shows rounds as CUDA graphs; add --cuda_graphs true, or leave it out")
         if self.ranks > 1 and self.synthetic is None and not self.dry_run:
             raise ValueError(f"ranks is {self.ranks}; start a real model's ranks with torchrun --nproc_per_node")
         if (self.folder is None) == (self.synthetic is None):

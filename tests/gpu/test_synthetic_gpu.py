@@ -1,17 +1,20 @@
 """Synthetic models on a GPU: the values of the CPU, the memory that was promised, and phases measured inside graphs."""
 
 import gc
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mimo_qat.checkpoint.layout import default_drafter_config
+from mimo_runtime import trace
 from mimo_runtime.bench import ways
 from mimo_runtime.breakdown import broken_down, chosen_experts, marked
 from mimo_runtime.config import BenchConfig, EngineConfig, SamplingConfig
 from mimo_runtime.load import LoadConfig, Moe
 from mimo_runtime.synthetic import SyntheticEngine, memory, random_model, random_prompts, tensors_of, uniform
+from mimo_runtime.trace import traced
 from tests.runtime.conftest import WIDE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -88,3 +91,19 @@ def test_phases_of_a_round(tiny_config, graphs):
             engine.generate(prompt, cfg, **way)
         assert all(len(calls) >= len(out.rounds) for calls in notes)
         assert engine.generate(prompt, cfg, **way).tokens == timed.tokens
+
+
+def test_a_trace_is_of_whole_rounds(tiny_config, tmp_path):
+    """As many kernels in each round, and next to no idle time between two, on a file that a browser opens."""
+    cfg = BenchConfig(synthetic="x", device="cuda", dtype="float32", max_len=256, max_new_tokens=160, cuda_graphs=True)
+    engine = SyntheticEngine(tiny_config, default_drafter_config(tiny_config), cfg, uniform_routing=True)
+    prompt = random_prompts(512, 20, 1, seed=1)[0]
+    for name, way in ways(engine, cfg).items():
+        path = tmp_path / f"{name}.json"
+        found = traced(engine, prompt, cfg, path, **way)
+        events = json.loads(path.read_text())["traceEvents"]
+        kernels = [e for e in events if e.get("cat") == "kernel"]
+        assert len(kernels) == found["kernels"] * trace.ROUNDS and found["kernels"] > 20
+        assert 0 <= found["host_us"] < found["round_us"]
+    with pytest.raises(ValueError, match="more rounds"):
+        traced(engine, prompt, replace(cfg, max_new_tokens=5), tmp_path / "short.json", speculate=False)
