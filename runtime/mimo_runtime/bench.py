@@ -259,6 +259,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
     """Measures decoding speed with and without the drafter, and how much of its drafts is accepted."""
     if cfg.dry_run:
         return dry_run(cfg)
+    if cfg.trace is not None and not cfg.cuda_graphs:
+        raise ValueError("trace shows rounds as CUDA graphs; add --cuda_graphs true, or leave it out")
     engine, prompts = _opened(cfg)
     runs = measure(engine, prompts, cfg)
     by_domain = defaultdict(list)

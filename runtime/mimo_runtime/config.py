@@ -145,8 +145,6 @@ class BenchConfig(EngineConfig, SamplingConfig):
         super().__post_init__()
         if self.forced_acceptance is not None and self.forced_acceptance < 1:
             raise ValueError(f"forced_acceptance is {self.forced_acceptance}; a round yields 1 token or more")
-        if self.trace is not None and not self.cuda_graphs:
-            raise ValueError("trace shows rounds as CUDA graphs; add --cuda_graphs true, or leave it out")
         if self.ranks > 1 and self.synthetic is None and not self.dry_run:
             raise ValueError(f"ranks is {self.ranks}; start a real model's ranks with torchrun --nproc_per_node")
         if (self.folder is None) == (self.synthetic is None):

@@ -42,7 +42,7 @@ def test_accept_in_a_graph():
     g = torch.Generator().manual_seed(0)
     for rows in (1, 8, 16):
         own, drafts = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (rows, rows - 1))
-        pairs = torch.zeros(rows, 40, dtype=torch.int64, device="cuda")
+        pairs = choice.best_reference(torch.zeros(rows, 1), 0).repeat(1, 40).cuda()  # token 0, 40 times
         states = [choice.Text(*(t.cuda() for t in text((3,), 500, rows))) for _ in range(3)]
         graph = torch.cuda.CUDAGraph()
         before = [copy(state) for state in states]
