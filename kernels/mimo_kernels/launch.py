@@ -10,19 +10,21 @@ Rules, for every kernel that takes the keywords of `dependent`, Triton's and tho
    writes. Not only what the predecessor wrote: the caching allocator hands its buffers on, so that an early store would
    overwrite what a predecessor still reads. No thread passes before the whole predecessor is complete, and all of the
    predecessor waited for its own; so after the wait everything earlier is complete.
-2. Before it a thread may load what no kernel of a step writes: weights, which have been written long before. What is
-   written in a step, but lies at addresses that no earlier kernel computes, such as a ring of keys that is read whole,
-   it may prefetch. A prefetch brings a line into the second-level cache, which all multiprocessors and all kernels
-   share, so it cannot return an old value, whoever writes the line and whenever. Triton's kernels prefetch their
-   weights too: nothing there keeps the compiler from moving a load across the wait, nor a use of it before.
-   Early loads of CUDA kernels are volatile assembly without `.nc`: ptxas moves the wait before loads through the
-   read-only path, and what was meant to be early is late.
+2. Before it a thread may load what no kernel of a step writes: weights, which have been written long before. Triton's
+   kernels prefetch theirs: nothing there keeps the compiler from moving a load across the wait, nor a use of it before.
+   A prefetch brings a line into the second-level cache, which all multiprocessors and all kernels share, so it cannot
+   return an old value, whoever writes the line and whenever. Early loads of CUDA kernels are volatile assembly without
+   `.nc`: ptxas moves the wait before loads through the read-only path, and what was meant to be early is late.
 3. A kernel lets its successor begin at once, before its own wait, unless its source says otherwise. So several kernels
    may be ahead. The blocks of the next one come when all blocks of this one have let them, hence are on
    multiprocessors: each kernel is placed completely before the next one's blocks come, and nobody who waits takes the
-   place of somebody who is waited for. Two kernels let the successor begin later, to keep its weights out of their way:
-   `attend` of window.cu after its wait, so that they do not come before its heads; `experts` of moe.cu in the last turn
-   of a block.
+   place of somebody who is waited for.
+4. A kernel that waits first and then lets its successor begin is a border: whatever began behind it finds complete all
+   that came before it. Two kernels load early what a step does write, and rely on one. `attend` of window.cu reads its
+   ring and the position, which the pass before has written: the border is `rows.begin`, the first kernel of a pass.
+   `experts` of moe.cu reads its rows, which came before the router's logits: those are the border. Where torch's own
+   kernels stand between, each of them is one. (`attend` and `experts` are borders as well, to keep the weights of what
+   follows out of their way: `experts` in the last turn of a block.)
 
 A kernel launched without the keywords, by torch, begins after the one before it has ended, as ever; and one that lets
 nobody begin has a successor that begins when it ends.
@@ -73,6 +75,14 @@ def wait(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def wait_first(PDL: tl.constexpr):
+    """With PDL: waits until the kernel before is complete, then lets the next one begin."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

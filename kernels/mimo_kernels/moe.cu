@@ -73,10 +73,8 @@ struct List {
         return n;
     }
 
-    DEVICE void build(int id, bool given) {  // of every thread: an id, and whether it has one
+    DEVICE void build(int id, bool given) {  // of every thread: an id, and whether it has one; `present` is clear
         const int tid = threadIdx.x;
-        for (int w = tid; w < WORDS; w += blockDim.x) present[w] = 0;
-        __syncthreads();
         if (given) atomicOr(&present[id / 32], 1u << (id % 32));
         __syncthreads();
         for (int e = tid; e < EXPERTS; e += blockDim.x)
@@ -93,7 +91,15 @@ struct Routing {
     signed char place[SLOTS][TOKENS];  // of the expert among those of the token, ascending, or -1
     int distinct[TOKENS];              // experts of the token
 
-    DEVICE void build(const int* ids, const float* weights, int tokens) {
+    DEVICE void clear() {  // needs no ids
+        const int tid = threadIdx.x;
+        for (int w = tid; w < WORDS; w += blockDim.x) list.present[w] = 0;
+        for (int i = tid; i < SLOTS * TOKENS; i += blockDim.x) (&place[0][0])[i] = -1;
+        if (tid < TOKENS) distinct[tid] = 0;
+        __syncthreads();
+    }
+
+    DEVICE void build(const int* ids, const float* weights, int tokens) {  // after `clear`
         const int tid = threadIdx.x, n = tid / TOP_K;
         const bool given = tid < tokens * TOP_K;
         int own[TOP_K];  // all ids of this thread's token
@@ -101,8 +107,6 @@ struct Routing {
 #pragma unroll
         for (int j = 0; j < TOP_K; j++) own[j] = given ? ids[n * TOP_K + j] : 0, share[j] = given ? weights[n * TOP_K + j] : 0;
         const int id = given ? ids[tid] : 0;
-        for (int i = tid; i < SLOTS * TOKENS; i += blockDim.x) (&place[0][0])[i] = -1;
-        if (tid < TOKENS) distinct[tid] = 0;
         list.build(id, given);
         float sum = 0;
         int smaller = 0;
@@ -128,7 +132,7 @@ struct Source {
     const uint4* words;
     const unsigned char* scales;
 
-    DEVICE Source(const uint4* w, const unsigned char* s, size_t page) : words(w + page * PAGE), scales(s + page * PAGE) {}
+    DEVICE Source(const uint4* w, const unsigned char* s, int page) : words(w + size_t(page) * PAGE), scales(s + size_t(page) * PAGE) {}
     DEVICE Source() : words(nullptr), scales(nullptr) {}
     DEVICE void load(Page& page, int d, int lane) const {
         if (words) page.load(words + d * PAGE, scales + d * PAGE, lane);
@@ -140,6 +144,8 @@ struct Source {
 // up [EXPERTS, 2 INTER / 16, HIDDEN / 128, PAGE], of 16 rows the first 8 are gates; down [EXPERTS, HIDDEN / 16, INTER / 128,
 // PAGE]; scales the same in bytes. between bf16 [SLOTS][INTER / 128 pages of slots]. `ready` int [SLOTS + 1] is zero before and
 // after: how many strips of an expert are in `between`, and how many blocks have ended.
+//
+// x is read before the wait: it is older than what the kernel before this one makes (`launch` says who sees to that).
 //
 // One block a multiprocessor, all of them resident, since the second product waits for strips of the first that other
 // blocks make: those come before in every block's order, so that somebody can always go on.
@@ -157,26 +163,14 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
     uint4* const ring = shared + PAGES * 4 * 32 + 2 * WARPS * 32;             // [STAGES][SPAN * INTER / 128 pages of slots]
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int strip = warp / QUARTERS, quarter = warp % QUARTERS, step = gridDim.x;
-    wait_for_predecessor();
 
     uint4 row[EACH];  // 8 neighbours of a token each; a warp reads 32 groups in a row
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int at = i * WARPS * 32 + tid, n = at / (HIDDEN / 8), group = at % (HIDDEN / 8);
-        row[i] = n < tokens && group * 8 < columns ? x[n * (columns / 8) + group] : make_uint4(0, 0, 0, 0);
+        row[i] = n < tokens && group * 8 < columns ? early(x + n * (columns / 8) + group) : make_uint4(0, 0, 0, 0);
     }
-    routing.build(ids, weights, tokens);
-    const List& list = routing.list;
-    const int items = list.count * BLOCKS;
-    auto up_pages = [&](int item) {
-        if (item >= items) return Source();
-        const size_t expert = list.experts[item / BLOCKS];
-        return Source(up, up_scales, (expert * (INTER / 8) + item % BLOCKS * STRIPS + strip) * PAGES + quarter * MINE);
-    };
-    Page ahead[AHEAD];
-    Source source = up_pages(blockIdx.x);
-#pragma unroll
-    for (int d = 0; d < AHEAD; d++) source.load(ahead[d], d, lane);
+    routing.clear();
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int at = i * WARPS * 32 + tid, n = at / (HIDDEN / 8), group = at % (HIDDEN / 8);
@@ -184,6 +178,19 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
         slots[(group / 16 * 4 + group % 4) * 32 + n * 4 + group % 16 / 4] = make_uint4(
             __byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
     }
+    wait_for_predecessor();
+    routing.build(ids, weights, tokens);
+    const List& list = routing.list;
+    const int items = list.count * BLOCKS;
+    auto up_pages = [&](int item) {
+        if (item >= items) return Source();
+        const int expert = list.experts[item / BLOCKS];
+        return Source(up, up_scales, (expert * (INTER / 8) + item % BLOCKS * STRIPS + strip) * PAGES + quarter * MINE);
+    };
+    Page ahead[AHEAD];
+    Source source = up_pages(blockIdx.x);
+#pragma unroll
+    for (int d = 0; d < AHEAD; d++) source.load(ahead[d], d, lane);
     __syncthreads();
 
     // Of the second product: a turn is SPAN items of 256 rows of an expert, of which a warp has 16.
@@ -194,7 +201,7 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
     const int rows = list.count * ROWS;  // items
     auto down_pages = [&](int item) {
         if (item >= rows) return Source();
-        const size_t expert = list.experts[item / ROWS];
+        const int expert = list.experts[item / ROWS];
         return Source(down, down_scales, (expert * (HIDDEN / 16) + item % ROWS * WARPS + warp) * INNER);
     };
     // Page d of the chunk that begins at `first`; with SPAN > 1 it is of a later item.

@@ -130,7 +130,8 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
     """What `moe` adds up last, for whoever reads it anyway; arguments and errors as of `moe`.
 
     float32 [P, T, H] whose sum over P, in order and rounded to BF16 (`combine`), is `moe`'s result. Where no kernel
-    leaves parts it is that result, BF16 [T, H].
+    leaves parts it is that result, BF16 [T, H]. x must be older than what `router.route` does, which is a border
+    (`launch`), or come from torch.
     """
     from . import cuda, moe_cuda
 

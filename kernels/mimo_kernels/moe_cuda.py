@@ -41,6 +41,7 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
     kernel = cuda.Kernel(
         "moe.cu", "experts", shapes, _WARPS * 32, hidden * MAX_TOKENS * 2 + 2 * _WARPS * 32 * 16 + ring
     )
+    dependent = launch.dependent(x)["PDL"] and x.is_contiguous()  # x is read early, when a copy might not be there
     x, ids, weights = x.contiguous(), ids.int().contiguous(), weights.contiguous()
     slots = min(tokens * top_k, len(experts.down))
     between = torch.empty(slots * MAX_TOKENS * inter, dtype=torch.bfloat16, device=x.device)
@@ -48,7 +49,7 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
     ready, w = _ready(x.device, experts.down.data_ptr()), experts
     matrices = (w.gate_up, w.gate_up_scales, w.down, w.down_scales)
     args = (out, between, ready, *matrices, x, ids, weights, tokens, columns)
-    cuda.launch(kernel, cuda.multiprocessors(x.device), args, dependent=launch.dependent(x)["PDL"])
+    cuda.launch(kernel, cuda.multiprocessors(x.device), args, dependent=dependent)
     return out.transpose(0, 1)
 
 

@@ -33,6 +33,12 @@ DEVICE float early(const float* at) {
     return v;
 }
 
+DEVICE int early(const int* at) {
+    int v;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // 16 bytes from the second-level cache to shared memory; zeros if not `there`.

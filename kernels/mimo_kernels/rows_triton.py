@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import dependent, wait
+from .launch import dependent, wait_first
 from .rows import Begun, Embedding
 
 _BLOCK = 1024  # columns a program of 4 warps: a load of 16 bytes of BF16 a thread
@@ -21,7 +21,7 @@ def _begin_kernel(
 ):  # fmt: skip
     """POSITIONS [rows], ROTATED [COUNT, rows, HALF] of TABLE [COUNT, length, HALF], ROWS [rows, H] of EMBED [share, H]
     at TOKENS [count] less first."""
-    wait(PDL)
+    wait_first(PDL)
     t = tl.program_id(0)
     chunk = tl.program_id(1)
     source = tl.minimum(t, count - 1)

@@ -6,6 +6,9 @@
 // another, and there is one softmax, not one a step. What a block finds in the slots that this call fills it does not
 // use. Both sums over keys go by slots, in order: a row's bits do not depend on which call its keys came with.
 //
+// The ring is most of what a block reads, and what it holds and `start` are older than this pass: they are read before
+// the wait (`launch` says who sees to that).
+//
 // Keys and queries go from memory to the registers in which an MMA wants them: a thread's 16 bytes are 8 neighbours, and
 // a rotation's pairs i and i + HALF meet in one thread when HALF is a multiple of 32. Values go through shared memory,
 // because their product wants them transposed.
@@ -52,6 +55,10 @@ struct Head {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) part[j] = *reinterpret_cast<const uint4*>(at + j * 32 + t * 8);
     }
+    DEVICE void load_early(const bf16* at, int t) {
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++) part[j] = early(reinterpret_cast<const uint4*>(at + j * 32 + t * 8));
+    }
     DEVICE void clear() {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) part[j] = make_uint4(0, 0, 0, 0);
@@ -68,9 +75,9 @@ struct Head {
     }
 };
 
-// out bf16 [rows, heads, V], rows behind `count` repeat the last one, of qkv bf16 [rows, (heads + groups) * K + groups * V], cos and sin bf16 [rows, HALF]. keys bf16
-// [groups, SLOTS, K] and values [groups, SLOTS, V] get the first `count` rows at (start + row) % SLOTS. `scale` has the
-// factor log2(e), sink float32 [heads] has not.
+// out bf16 [rows, heads, V], rows behind `count` repeat the last one, of qkv bf16 [rows, (heads + groups) * K + groups *
+// V], cos and sin bf16 [rows, HALF]. keys bf16 [groups, SLOTS, K] and values [groups, SLOTS, V] get the first `count` rows
+// at (start + row) % SLOTS. `scale` has the factor log2(e), sink float32 [heads] has not.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys, bf16* values, const long long* start_at,
        const float* sink, int groups, int rows, int count, int window, float scale, float value_scale) {
@@ -83,19 +90,30 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     const int width = (heads + groups) * K + groups * V;
     bf16* const ring_k = keys + size_t(group) * SLOTS * K;
     bf16* const ring_v = values + size_t(group) * SLOTS * V;
-    // Early, into the second-level cache only: whoever writes the ring may still be at work.
-    for (int line = tid; line < SLOTS * K / 64; line += blockDim.x) prefetch(ring_k + line * 64);
-    for (int line = tid; line < SLOTS * V / 64; line += blockDim.x) prefetch(ring_v + line * 64);
+    const int start = early(reinterpret_cast<const int*>(start_at));  // its low half
+    Head q[2], key[ROUNDS];
+    const bool has_new = warp == WARPS - 1;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int tile = i * WARPS + warp;
+        if (tile < TILES && !(i == ROUNDS - 1 && has_new)) key[i].load_early(ring_k + size_t(min(tile * 8 + g, SLOTS - 1)) * K, t);
+    }
     float own_sink[2] = {0, 0};  // in units of ln 2
     if (SINK)
 #pragma unroll
-        for (int half = 0; half < 2; half++) own_sink[half] = sink[group * GROUP + (g + half * 8) % GROUP] * 1.4426950408889634f;
+        for (int half = 0; half < 2; half++) own_sink[half] = early(sink + group * GROUP + (g + half * 8) % GROUP) * 1.4426950408889634f;
+    const int first_slot = start % SLOTS;
+    auto fresh = [&](int s) { return (s < first_slot ? s + SLOTS : s) - first_slot < count; };  // whether this call fills slot s
+    auto slot_of = [&](int n) { return first_slot + n < SLOTS ? first_slot + n : first_slot + n - SLOTS; };
+    for (int i = tid; i < KEYS * (V / 8); i += blockDim.x) {
+        const int s = i / (V / 8), d = i % (V / 8) * 8;
+        if (s >= SLOTS || !fresh(s)) copy_async(v_rows + s * V_STRIDE + d, ring_v + min(s, SLOTS - 1) * V + d, s < SLOTS);
+    }
+    commit_copies();
     wait_for_predecessor();
     let_successor_begin();  // not before: its weights would be in the way of the product that this one waits for
 
     // All loads before the first use: they wait for memory together.
-    const int start = int(*start_at);
-    Head q[2], key[ROUNDS];
     Angles angles[2], new_angles;
     int token[2];
 #pragma unroll
@@ -105,24 +123,11 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
         q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
         angles[half].load(cos + token[half] * HALF, sin + token[half] * HALF, t);
     }
-    const bool has_new = warp == WARPS - 1;
-    new_angles.load(cos + min(g, count - 1) * HALF, sin + min(g, count - 1) * HALF, t);
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int tile = i * WARPS + warp;
-        if (i == ROUNDS - 1 && has_new) {
-            if (g < count) key[i].load(qkv + size_t(g) * width + (heads + group) * K, t);
-            else key[i].clear();
-        } else if (tile < TILES) key[i].load(ring_k + size_t(min(tile * 8 + g, SLOTS - 1)) * K, t);
+    if (has_new) {
+        new_angles.load(cos + min(g, count - 1) * HALF, sin + min(g, count - 1) * HALF, t);
+        if (g < count) key[ROUNDS - 1].load(qkv + size_t(g) * width + (heads + group) * K, t);
+        else key[ROUNDS - 1].clear();
     }
-    const int first_slot = start % SLOTS;
-    auto fresh = [&](int s) { return (s < first_slot ? s + SLOTS : s) - first_slot < count; };  // whether this call fills slot s
-    auto slot_of = [&](int n) { return first_slot + n < SLOTS ? first_slot + n : first_slot + n - SLOTS; };
-    for (int i = tid; i < KEYS * (V / 8); i += blockDim.x) {
-        const int s = i / (V / 8), d = i % (V / 8) * 8;
-        if (s >= SLOTS || !fresh(s)) copy_async(v_rows + s * V_STRIDE + d, ring_v + min(s, SLOTS - 1) * V + d, s < SLOTS);
-    }
-    commit_copies();
     for (int i = tid; i < count * (V / 8); i += blockDim.x) {
         const int n = i / (V / 8), d = i % (V / 8) * 8;
         uint4 v = *reinterpret_cast<const uint4*>(qkv + size_t(n) * width + (heads + groups) * K + group * V + d);

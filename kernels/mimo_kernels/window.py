@@ -31,6 +31,8 @@ def attend(
 ) -> torch.Tensor:
     """BF16 [T, N, V] of qkv BF16 [T, (N+G)*K + G*V], whose first `count` rows are real: others repeat the last of them.
 
+    keys, values and start must be older than the pass, whose first kernel is a border (`launch`).
+
     The real rows' keys and values go into keys BF16 [G, S, K] and values BF16 [G, S, V]. `cos` and `sin` are BF16
     [T, R/2]; the rest is as in `split_heads` and `attention`, and so are the errors.
     """

@@ -6,7 +6,7 @@ run; CUPTI's own work makes kernels look a little longer than they are.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,34 @@ from torch.profiler import ProfilerActivity, profile
 from mimo_runtime.config import SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.rounds import Rounds, Step
+from mimo_runtime.speculate import Round
 
 FIRST, ROUNDS = 4, 16  # rounds before the trace, and in it
 
 
 class TracedRounds(Rounds):
-    """Rounds of which a profiler sees those from FIRST on, with the graphs of `rounds`."""
+    """Rounds of which a profiler sees some, of the first text that is drafted or, without `drafted`, plain. (Forced
+    acceptance decodes a text plainly before it drafts it.) The graphs are those of `rounds`."""
 
-    def __init__(self, rounds: Rounds):
+    def __init__(self, rounds: Rounds, drafted: bool):
         super().__init__(rounds.state, rounds.ahead, False, rounds.ranks)
-        self.graphs = rounds.graphs
-        self.profiler = profile(activities=[ProfilerActivity.CUDA])
-        self.enqueued = 0
+        self.graphs, self.drafted = rounds.graphs, drafted
+        self.profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
+        self.meant, self.enqueued = False, 0
+
+    def run(
+        self, step: Step, kind: Hashable, start: int, left: int, most: int, drafted: int | None = None
+    ) -> Iterator[Round]:
+        self.meant = self.drafted == (most > 1)
+        return super().run(step, kind, start, left, most, drafted)
 
     def _enqueue(self, step: Step, bound: int, slot: int) -> None:
-        if self.enqueued == FIRST:
+        if self.meant and self.enqueued == FIRST:
             torch.cuda.synchronize()
             self.profiler.start()
         super()._enqueue(step, bound, slot)
-        self.enqueued += 1
-        if self.enqueued == FIRST + ROUNDS:
+        self.enqueued += self.meant
+        if self.meant and self.enqueued == FIRST + ROUNDS:
             torch.cuda.synchronize()
             self.profiler.stop()
 
@@ -56,8 +64,8 @@ def traced(engine: Engine, ids: list[int], sampling: SamplingConfig, path: Path,
     `engine` plays CUDA graphs. ValueError for a text of too few rounds."""
     with profile(activities=[ProfilerActivity.CUDA]):  # the first one takes seconds, in which other ranks would wait
         torch.cuda.synchronize()
-    before, engine.rounds = engine.rounds, TracedRounds(engine.rounds)
-    rounds = engine.rounds
+    before = engine.rounds
+    engine.rounds = rounds = TracedRounds(before, way.get("speculate", True))
     try:
         engine.generate(ids, sampling, **way)
     finally:

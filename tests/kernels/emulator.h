@@ -115,6 +115,7 @@ inline uint4 stream(const uint4* at) { return *at; }
 inline unsigned stream(const unsigned char* at) { return *at; }
 inline uint4 early(const uint4* at) { return *at; }
 inline float early(const float* at) { return *at; }
+inline int early(const int* at) { return *at; }
 inline void prefetch(const void*) {}
 inline void copy_async(void* to, const void* from, bool there) { block->fibers[block->now].open.push_back({to, from, there}); }
 inline void commit_copies() {
