@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import cuda, router_cuda
-from .launch import dependent, prefetch, prefetch_span, wait
+from .launch import dependent, prefetch, prefetch_span, wait, wait_first
 
 _GROUP = 8  # rows that share a pass; a program has one pass for 1 to 8 rows and two for 16
 _LEAST = tl.constexpr(-(2**31))
@@ -55,7 +55,7 @@ def _logits_kernel(
     if PDL:
         line = tl.minimum(begin + tl.arange(0, BH // 32) * 32, H - 1)  # 32 weights are a cache line
         prefetch(W + tl.minimum(e, E - 1)[:, None] * H + line[None, :])
-    wait(PDL)
+    wait_first(PDL)
     w_at = W + e[:, None, None] * H + column[None, :, :]
     w = tl.load(w_at, mask=(e < E)[:, None, None] & inside[None, :, :], other=0.0)
     for first in range(0, rows, GROUP):

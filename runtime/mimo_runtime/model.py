@@ -9,7 +9,6 @@ E experts, I expert intermediate size.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -460,28 +459,30 @@ def draft_forward(
     x = torch.cat((embed(target, anchor), drafter.mask_embedding.expand(block - 1, -1)))
     every = torch.arange(block, device=x.device), torch.ones(block, block, dtype=torch.bool, device=x.device)
     rows = Rows(start, block, x, None if drafter.causal else every, rotations=drafter.rotations)
+    convolves = any(layer.attention_conv or layer.mlp_conv for layer in drafter.layers)  # what all ranks give together
+    join = add_norm if convolves else ranks.add_norm
+
+    def given(part: torch.Tensor) -> torch.Tensor:
+        return ranks.sum(moe_kernels.combine(part)) if convolves else part
+
     update = None
     for layer, cache in zip(drafter.layers, caches, strict=True):
-        x, normed = add_norm(x, update, layer.input_norm)
-        attend_block = partial(draft_attention, layer.attention, cache, rows=rows, ranks=ranks)
-        x, normed = add_norm(x, convolved(layer.attention_conv, normed, attend_block), layer.post_norm)
-        update = convolved(layer.mlp_conv, normed, partial(draft_mlp, layer.mlp, ranks=ranks))
-    x, hidden = add_norm(x, update, drafter.norm)
+
+        def attend(x: torch.Tensor, w: Attention = layer.attention, cache: RingCache = cache) -> torch.Tensor:
+            return given(attention(w, cache, x, rows, ranks))
+
+        def feed(x: torch.Tensor, w: Mlp | Moe = layer.mlp) -> torch.Tensor:
+            return given(mlp(w, x, ranks))
+
+        x, normed = join(x, update, layer.input_norm)
+        x, normed = join(x, convolved(layer.attention_conv, normed, attend), layer.post_norm)
+        update = convolved(layer.mlp_conv, normed, feed)
+    x, hidden = join(x, update, drafter.norm)
     ranks.record(hidden)
     if greedy:
         return hidden[1:], Best(head_choice(target, hidden, block, drafter.vocab_size).pairs[1:])
     logits = head_logits(target, hidden, block)[1:]
     return hidden[1:], logits[:, : drafter.vocab_size] if drafter.vocab_size < logits.shape[-1] else logits
-
-
-def draft_attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks: Ranks) -> torch.Tensor:
-    """The attention of a drafter's layer, of all ranks together."""
-    return ranks.sum(attention(w, cache, x, rows, ranks))
-
-
-def draft_mlp(w: Mlp | Moe, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The MLP of a drafter's layer, of all ranks together."""
-    return ranks.sum(moe_kernels.combine(mlp(w, x, ranks)))
 
 
 def rotations(target: Target, drafter: Drafter | None, length: int) -> Rotations:

@@ -194,6 +194,7 @@ def test_lossless_writes_records(with_tokenizer, capsys, tmp_path, monkeypatch):
     out = tmp_path / "lossless.json"
     flags = ["--limit=2", "--max_new_tokens=12", "--out", str(out)]
     monkeypatch.setattr("sys.argv", [str(ROOT / "scripts/lossless.py"), str(release), *flags])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # else of pytest, where it runs as a module
     assert lossless.main() == 0
     printed, found = last_line(capsys), read_results([str(out)])
     published = json.loads((ROOT / "docs/results/lossless-cpu.json").read_text())
