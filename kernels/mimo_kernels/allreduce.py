@@ -21,7 +21,7 @@ MAX_TOKENS = 16
 MAX_RANKS = 8
 PACKET = 4  # BF16 elements
 CELL = 128  # packets
-WIDEST_NORM = 8192  # columns of a row that one program sums and norms
+WIDEST_NORM = 8192  # columns of a row that is summed and normed in one launch
 CLOCK_HZ = 2.0e9  # of no Hopper GPU is the clock higher: a wait is at least as long as asked for
 
 
@@ -137,11 +137,12 @@ def all_reduce_add_norm(
         _check(channel, x, PACKET * CELL)
     if residual.shape[1] > WIDEST_NORM:
         raise ValueError(
-            f"x: rows of {residual.shape[1]} are too long for one program; use all_reduce and a norm of its own"
+            f"x: rows of {residual.shape[1]} are too long for one launch; use all_reduce and a norm of its own"
         )
     for name, tensor, shape in (("residual", residual, x.shape[-2:]), ("weight", weight, x.shape[-1:])):
         if tensor.dtype != torch.bfloat16 or tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}, expected contiguous BF16 {list(shape)}")
-    from . import allreduce_triton
+    from . import allreduce_triton, cuda, norm_cuda
 
-    return allreduce_triton.all_reduce_add_norm(x, residual, weight, eps, channel)
+    own = cuda.usable(residual.device) and norm_cuda.fits(residual.shape[1])
+    return (norm_cuda if own else allreduce_triton).all_reduce_add_norm(x, residual, weight, eps, channel)

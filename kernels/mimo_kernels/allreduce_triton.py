@@ -1,7 +1,8 @@
 """The one-shot sum over mapped buffers as Triton kernels, one launch a rank. `allreduce` defines it and its words.
 
     _sum_kernel           one cell a program: 64 programs of 128 threads for 8 rows of 4096
-    _sum_add_norm_kernel  one row a program, with the residual and the norm that follow
+    _sum_add_norm_kernel  one row a program, with the residual and the norm that follow; `norm_cuda` shares a row
+                          between blocks, where it has the shape
 
 A thread sends its packet to all ranks, then polls the packets of all ranks at one place of its own buffer, all loads
 under way at once, until every flag is the epoch. The loop is in PTX: Triton's own `while` would reduce over the

@@ -3,8 +3,8 @@
 Every operator on the shapes of a model at some tensor-parallel degrees: microseconds, the bytes that it has to move,
 GB/s, and the share of a device copy measured in the same run. Instead of a file, numbers do: `--shape 4096 2048 256 8`
 (hidden size, intermediate size of an expert, experts, experts a token), for the experts alone. `--only moe` leaves the
-other operators out; `--sweep` times every tile of the Triton modules instead, from which their defaults are chosen. The
-last line is one JSON document.
+other operators out; `--sweep` times every tile of the Triton modules instead, and every cluster of the norm's, from
+which their defaults are chosen. The last line is one JSON document.
 
 A row is the public function, whatever implementation that runs here. Where it is CUDA C++, a row "..., Triton" beside
 it times the other; rows of Triton say their tile in "config". `attention window` has two rows more, from the
@@ -26,12 +26,13 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import cuda, fp8, linear, linear_cuda, mxfp4, router_cuda, transcode, window_cuda
+from . import cuda, fp8, linear, linear_cuda, mxfp4, norm_cuda, router_cuda, transcode, window_cuda
 from .moe import MAX_TOKENS, PAGE_K, PackedExperts
 
 H200_COPY = 4280.0  # GB/s read plus written, measured
@@ -212,7 +213,7 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
             rows = linear_rows(name, (n, k), is_fp8, args.tokens if gpu else 0, args.sweep)
             yield from (base | {"rows": n} | row for row in rows)
     if "norm" in wanted:
-        yield from (base | {"rows": g.hidden} | row for row in norm_rows(g.hidden, tp, args.tokens, gpu, args.sweep))
+        yield from (base | {"rows": g.hidden} | row for row in norm_rows(g, tp, args.tokens, gpu, args.sweep))
     if "heads" in wanted:
         for a in (kind.local(tp) for kind in g.attention):
             yield base | {"rows": a.qkv_rows} | heads_row(a, args.tokens, gpu)
@@ -376,24 +377,38 @@ def projected_rows(a: Heads, tokens: int, cache: tuple, size: int) -> list[Row]:
     ]
 
 
-def norm_rows(hidden: int, tp: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
-    """Residual add and norm of `tokens` rows, the update as one sum and as the parts of `tp` ranks."""
+def norm_rows(g: Geometry, tp: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
+    """Residual add and norm of `tokens` rows: the update as one sum, as parts of `tp` ranks, as parts of experts."""
     rows: list[Row] = []
-    for ranks in sorted({1, tp}):
-        size = 2 * hidden * (tokens * (ranks + 3) + 1)
-        label = f"norm of {ranks} part{'s' if ranks > 1 else ''}"
+    updates = [(f"norm of {n} part{'s' if n > 1 else ''}", n, torch.bfloat16) for n in sorted({1, tp})]
+    for label, parts, dtype in (*updates, (f"norm of {g.top_k} experts' parts", g.top_k, torch.float32)):
+        size = g.hidden * (tokens * (parts * dtype.itemsize + 6) + 2)
         if not gpu:
             rows.append({"operator": label, "bytes": size})
             continue
-        from . import residual_triton as rt
-
-        x, weights = (torch.randn(n, hidden, device="cuda").bfloat16() for n in (tokens, CALLS))
-        update = torch.randn(ranks, tokens, hidden, device="cuda").bfloat16()
-        for warps in rt.WARPS if every else (rt.warps_for(hidden),):
-            us = graph_microseconds(lambda c: rt.add_rms_norm(x, update, weights[c], 1e-5, warps))  # noqa: B023
-            name = label + (f" w{warps}" if every else "")
-            rows.append({"operator": name, "bytes": size, "us": us, "config": {"warps": warps}})
+        x, weights = (torch.randn(n, g.hidden, device="cuda").bfloat16() for n in (tokens, CALLS))
+        update = torch.randn(tokens, parts, g.hidden, device="cuda").to(dtype).transpose(0, 1)
+        for name, config, norm in norm_ways(g.hidden, every):
+            us = graph_microseconds(lambda c: norm(x, update, weights[c], 1e-5))  # noqa: B023
+            row: Row = {"operator": label + name, "bytes": size, "us": us}
+            rows.append(row | ({"config": config} if config else {}))
     return rows
+
+
+def norm_ways(hidden: int, every: bool) -> list[tuple[str, dict[str, int], Callable]]:
+    """(what to add to an operator's name, its choices, a function): the public one, or all clusters and warps."""
+    from . import residual, residual_triton
+
+    own = cuda.usable(torch.device("cuda", torch.cuda.current_device())) and norm_cuda.fits(hidden)
+    triton, warps = residual_triton.add_rms_norm, residual_triton.warps_for(hidden)
+    if not every:
+        ways: list[tuple[str, dict[str, int], Callable]] = [("", {}, residual.add_rms_norm)]
+        return ways + ([(", Triton", {"warps": warps}, triton)] if own else [])
+    clusters = [c for c in norm_cuda.CLUSTERS if own and norm_cuda.fits(hidden, c)]
+    return [
+        *((f" c{c}", {"cluster": c}, partial(norm_cuda.add_rms_norm, cluster=c)) for c in clusters),
+        *((f" w{w}", {"warps": w}, partial(triton, warps=w)) for w in residual_triton.WARPS),
+    ]
 
 
 def heads_row(a: Heads, tokens: int, gpu: bool) -> Row:

@@ -79,7 +79,7 @@ def _random(g: "bench.Geometry", a: "bench.Heads", packed: PackedExperts, tokens
 
 def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
     """layer(c) launches layer c with the experts `ids[c]` on what layer(c - 1) left; layer(0) begins anew."""
-    from . import linear, moe, residual_triton, router, window
+    from . import linear, moe, residual, router, window
 
     w, tokens = layers.window, len(layers.x)
     cos, sin = torch.randn(2, tokens, w.rotated // 2, device="cuda").bfloat16()
@@ -90,13 +90,11 @@ def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], to
         nonlocal stream
         x, part = (layers.x, layers.x) if c == 0 else stream
         cache = layers.keys[c], layers.values[c]
-        x, normed = residual_triton.add_rms_norm(x, part, layers.norms[c, 0], 1e-5)
+        x, normed = residual.add_rms_norm(x, part, layers.norms[c, 0], 1e-5)
         qkv = linear.linear(normed, layers.qkv[c])
         kw: dict[str, Any] = {"scale": w.k_dim**-0.5, "window": w.window, "sink": sink, "value_scale": 0.6}
         out = window.attend(qkv, cos, sin, *cache, start, count=tokens, **kw)
-        x, normed = residual_triton.add_rms_norm(
-            x, linear.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5
-        )
+        x, normed = residual.add_rms_norm(x, linear.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5)
         weights, _ = router.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
         part = moe.parts(normed, ids[c], weights, layers.experts)
         stream = x, part

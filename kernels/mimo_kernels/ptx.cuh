@@ -27,6 +27,12 @@ DEVICE uint4 early(const uint4* at) {
     return v;
 }
 
+DEVICE uint2 early(const uint2* at) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+    return v;
+}
+
 DEVICE float early(const float* at) {
     float v;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
@@ -59,6 +65,43 @@ DEVICE int look(const int* count) {
     int v;
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
     return v;
+}
+
+// Packets between GPUs: four BF16 in x and z, and their flag, in y and w. A pair and its flag are one element of 64 bits,
+// which is read whole or not at all; the two elements come in any order.
+DEVICE void send(uint4* to, uint2 v, unsigned flag, bool really) {
+    const unsigned long long upper = (unsigned long long)flag << 32;
+    asm volatile("{\n.reg .pred really;\nsetp.ne.s32 really, %3, 0;\n@really st.relaxed.sys.global.v2.b64 [%0], {%1, %2};\n}"
+                 ::"l"(to), "l"(upper | v.x), "l"(upper | v.y), "r"(int(really)) : "memory");
+}
+DEVICE uint4 receive(const uint4* from) {
+    unsigned long long a, b;
+    asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
+    return make_uint4(unsigned(a), unsigned(a >> 32), unsigned(b), unsigned(b >> 32));
+}
+
+// The barrier of a cluster. Arriving orders nothing but `expect_pushes`; who has waited knows that all blocks have begun.
+DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Pushes between blocks of a cluster, once a launch: one thread says how many bytes its block will get in all, before
+// it arrives at the cluster; whoever has waited for them finds them.
+DEVICE void expect_pushes(unsigned long long* arrived, int bytes) {
+    const unsigned at = unsigned(__cvta_generic_to_shared(arrived));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// v to where `at` is in block `block` of the cluster, counted by `arrived` there.
+DEVICE void push(float* at, float v, unsigned long long* arrived, int block) {
+    unsigned to, count;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(unsigned(__cvta_generic_to_shared(at))), "r"(block));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(unsigned(__cvta_generic_to_shared(arrived))), "r"(block));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v), "r"(count) : "memory");
+}
+DEVICE void wait_for_pushes(unsigned long long* arrived) {
+    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
+                 ::"r"(unsigned(__cvta_generic_to_shared(arrived))) : "memory");
 }
 
 DEVICE unsigned bf16_pair(float low, float high) {

@@ -4,12 +4,12 @@
     normed = sum / sqrt(mean(sum**2) + eps) in float32, rounded to BF16, times weight, rounded to BF16
 
 An update of several parts (of ranks, or of experts) is added in order in float32 and rounded to BF16 before x is added
-to it. `reference` is
-the definition, with float32 or float64 between the roundings. `add_rms_norm` is what a runtime calls: one Triton launch
-(`residual_triton`) on a GPU of compute capability 9 or more, the reference elsewhere. The bits of a row depend on that
-row alone.
+to it. `reference` is the definition, with float32 or float64 between the roundings. `add_rms_norm` is what a runtime
+calls, one launch: of CUDA C++ in which a cluster of blocks shares a row (`norm_cuda`), where the GPU and the shape are
+its own (`cuda.usable`, `norm_cuda.fits`), otherwise of Triton with a program a row (`residual_triton`) on a GPU of
+compute capability 9 or more, the reference elsewhere. The bits of a row depend on that row alone.
 
-Given up: more than 16 rows, rows longer than 8192, and several programs a row: the launch costs more than the bytes.
+Given up: more than 16 rows, and rows longer than 8192.
 """
 
 import torch
@@ -51,9 +51,10 @@ def add_rms_norm(
     """
     _check(x, update, weight)
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9:
-        from . import residual_triton
+        from . import cuda, norm_cuda, residual_triton
 
-        return residual_triton.add_rms_norm(x, update, weight, eps)
+        own = cuda.usable(x.device) and norm_cuda.fits(x.shape[1])
+        return (norm_cuda if own else residual_triton).add_rms_norm(x, update, weight, eps)
     return reference(x, update, weight, eps)
 
 

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one launch. `residual` defines it.
+"""Residual add and RMSNorm in one launch. `residual` defines it; `norm_cuda` comes first where it has the shape.
 
     _add_rms_norm_kernel  one row a program
 

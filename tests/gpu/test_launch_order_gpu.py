@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mimo_kernels import fp8, linear, moe, router
+from mimo_kernels import fp8, linear, moe, residual, router
 from mimo_kernels.window import attend
 
 triton = pytest.importorskip("triton")
@@ -101,12 +101,12 @@ class Chain:
         """Everything that the layers leave for others, except the caches."""
         x, part, left = self.x, None, []
         for w, window, cache in zip(self.layers, WINDOWS, self.caches, strict=True):
-            x, normed = residual_triton.add_rms_norm(x, part, w.norms[0], 1e-5)
+            x, normed = residual.add_rms_norm(x, part, w.norms[0], 1e-5)
             sink = w.sink if window else None
             kw = {"count": self.tokens, "scale": K_DIM**-0.5, "window": window, "sink": sink}
             qkv = linear.linear(normed, w.qkv)
             out = attend(qkv, self.cos, self.sin, *cache, self.start, **kw)
-            x, normed = residual_triton.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
+            x, normed = residual.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
             weights, ids = router.route(normed, w.router, w.bias, self.top_k, normalise=True)
             part = moe.parts(normed, ids, weights, w.experts)
             left += [x, ids, part]
@@ -244,7 +244,8 @@ def test_layers_outside_of_a_graph(generator, monkeypatch):
         assert int(differences(zip(left, expected, strict=True))) == 0, i
 
 
-def test_nobody_writes_what_an_earlier_kernel_still_reads(generator, monkeypatch):
+@pytest.mark.parametrize("norm", [residual.add_rms_norm, residual_triton.add_rms_norm], ids=["public", "Triton"])
+def test_nobody_writes_what_an_earlier_kernel_still_reads(norm, generator, monkeypatch):
     """The norm writes into the memory that the product before it read: the allocator handed it on."""
     tokens, size, steps = 8, 4096, 40
     weights = [(torch.randn(size, size, generator=generator, device=DEVICE) / 64).bfloat16() for _ in range(4)]
@@ -258,7 +259,7 @@ def test_nobody_writes_what_an_earlier_kernel_still_reads(generator, monkeypatch
             places.append(here.data_ptr())
             product = linear_triton.linear(here, weights[i % 4], config)
             del here
-            here = residual_triton.add_rms_norm(product, None, scale, 1e-5)[1]
+            here = norm(product, None, scale, 1e-5)[1]
             del product
         assert not torch.cuda.is_current_stream_capturing() or len(set(places)) <= 3
         return here

@@ -222,13 +222,18 @@ def test_ranks_in_turns(ranks, hidden):
     assert not any(int(end.failed) or int(end.failed_host) for end in ends)
 
 
+def memory_on(streams: list[torch.cuda.Stream], *shape: int) -> None:
+    """Gives each stream room for two tensors: to ask for it waits for what runs, which would wait for who asks."""
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            _room = [torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+
+
 def test_ranks_at_once_on_streams_of_one_gpu():
     """They really wait for each other; all of their programs fit onto the GPU together."""
     (ends, _buffers), streams = channels(4, 20.0), [torch.cuda.Stream() for _ in range(4)]
     bad = torch.zeros(4, dtype=torch.int64, device="cuda")
-    for stream in streams:  # memory of their own: to ask for it waits for what runs, which would wait for who asks
-        with torch.cuda.stream(stream):
-            torch.empty(16, 4096, dtype=torch.bfloat16, device="cuda")
+    memory_on(streams, 16, 4096)
     for epoch in range(200):
         parts = contributions(epoch, 4, 1 + epoch % 16, 4096)
         expected = allreduce.reference(parts)
@@ -243,15 +248,66 @@ def test_ranks_at_once_on_streams_of_one_gpu():
     assert bad.tolist() == [0] * 4 and not any(int(end.failed) for end in ends)
 
 
-def test_a_wait_in_vain_ends_and_the_next_ones_pass():
+@pytest.mark.parametrize("hidden", [4096, 6144])
+@pytest.mark.parametrize("experts", [0, 8])
+def test_fused_ranks_at_once_on_streams_of_one_gpu(hidden, experts):
+    """The public fused form, by turns with Triton's over the same buffers: sums of the same bits, norms of the same
+    bits on all ranks. Of contributions, or of the float32 parts of experts."""
+    from mimo_kernels import allreduce_triton
+
+    ranks = 4
+    (ends, _buffers), streams = channels(ranks, 20.0), [torch.cuda.Stream() for _ in range(ranks)]
+    memory_on(streams, 16, hidden)
+    spare, _more_buffers = channels(ranks, 1e-3)
+    row = torch.zeros(1, hidden, dtype=torch.bfloat16, device="cuda")
+    part = torch.zeros(experts, 1, hidden, device="cuda") if experts else row
+    for form in (allreduce.all_reduce_add_norm, allreduce_triton.all_reduce_add_norm):
+        form(part, row, row[0], 1e-5, spare[0])  # compiles
+    torch.cuda.synchronize()
+    for epoch in range(100):
+        tokens = 1 + epoch % 16
+        x, weight = contributions(epoch + 50, 1, tokens, hidden)[0], contributions(90, 1, 1, hidden)[0, 0]
+        parts = contributions(epoch, ranks * max(experts, 1), tokens, hidden)
+        if experts:
+            sums = parts.float().unflatten(0, (ranks, experts)).mul(1.0009765625)
+            mine = list(sums.transpose(1, 2).contiguous().transpose(1, 2))
+            total = sums[:, 0]
+            for part in sums.unbind(1)[1:]:
+                total = total + part
+            new, norm = allreduce.reference_add_norm(total.bfloat16(), x, weight, 1e-5)
+        else:
+            mine = list(parts)
+            new, norm = allreduce.reference_add_norm(parts, x, weight, 1e-5)
+        form = allreduce_triton.all_reduce_add_norm if epoch % 3 == 2 else allreduce.all_reduce_add_norm
+        torch.cuda.synchronize()
+        results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for r in torch.randperm(ranks, generator=torch.Generator().manual_seed(epoch)).tolist():
+            with torch.cuda.stream(streams[r]):
+                results[r] = form(mine[r], x, weight, 1e-5, ends[r])
+        torch.cuda.synchronize()
+        for got, got_normed in results.values():
+            assert not differences(got, new) and not differences(got_normed, results[0][1]), epoch
+            torch.testing.assert_close(got_normed.float(), norm.float(), rtol=2**-6, atol=0)
+    assert not any(int(end.failed) or int(end.failed_host) for end in ends)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_wait_in_vain_ends_and_the_next_ones_pass(fused):
     x = contributions(0, 3, 8, 4096)
+
+    def add(part: torch.Tensor, end: allreduce.Channel) -> None:
+        if fused:
+            allreduce.all_reduce_add_norm(part, x[2], x[2, 0], 1e-5, end)
+        else:
+            allreduce.all_reduce(part, end)
+
     for seconds in (1e-3, 0.5):  # the first call compiles
         ends, _buffers = channels(3, seconds)
-        allreduce.all_reduce(x[1], ends[1])
+        add(x[1], ends[1])
         torch.cuda.synchronize()
         began = time.monotonic()
         for _ in range(96):
-            allreduce.all_reduce(x[0], ends[0])
+            add(x[0], ends[0])
         torch.cuda.synchronize()
         took = time.monotonic() - began
         assert int(ends[0].failed_host) == int(ends[0].failed) == 3

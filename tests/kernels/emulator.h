@@ -2,17 +2,23 @@
 //
 // Every block is a thread of the host, and the threads of a block are fibers of it: one runs until it has to wait for
 // others (a barrier, a warp's exchange, a look at a count), then another one that is drawn at random. Copies from memory
-// to shared memory land late, when they are waited for. So an order that a kernel does not enforce is not kept.
+// to shared memory land late, when they are waited for; what goes to other blocks of a cluster or to other GPUs lands
+// at any time and in any order. So an order that a kernel does not enforce is not kept.
+//
+// Blocks of a cluster always run together. Ranks are threads of whoever calls `run`.
 
 #include <ucontext.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <utility>
@@ -23,6 +29,7 @@
 #define __forceinline__ inline
 #define __shared__ thread_local
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define DEVICE inline
 
 struct uint2 { unsigned x, y; };
@@ -36,6 +43,10 @@ inline float __int_as_float(unsigned v) { return __uint_as_float(v); }
 inline unsigned __float_as_uint(float f) { unsigned v; std::memcpy(&v, &f, 4); return v; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline long long clock64() {  // of 2 GHz
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1) * 2;
+}
 using std::exp2f, std::fmaf, std::fmaxf;
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }
@@ -58,11 +69,20 @@ struct Index { int x; };
 struct Copy { void* to; const void* from; bool there; };
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    std::unique_ptr<char[]> stack;
     std::function<bool()> ready;  // what it waits for
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> committed;
+    long cluster_turn = 0;  // arrivals at the barrier of the cluster
     bool ended = false;
+};
+struct Cluster {
+    struct Place { char* shared = nullptr; bool there = false; };  // where a block's shared memory is, while it runs
+    std::mutex lock;
+    std::vector<Place> blocks;
+    std::atomic<long> arrived{0};
+    std::atomic<bool> broken{false};  // somebody wrote to a block that was not there, or could not go on
+    Cluster(int size) : blocks(size) {}
 };
 struct Meeting { int arrived = 0, turn = 0; };
 struct Block {
@@ -71,6 +91,8 @@ struct Block {
     int now = 0;
     std::map<int, Meeting> meetings;  // barriers 0.. of the block, and of warp w under -1 - w
     std::vector<unsigned> words;      // what lanes give to each other: 8 a thread
+    std::vector<std::function<void()>> flying;  // writes that have not landed
+    Cluster* cluster;
     std::mt19937 random;
     std::function<void()> body;
 };
@@ -114,6 +136,7 @@ inline void let_successor_begin() {}
 inline uint4 stream(const uint4* at) { return *at; }
 inline unsigned stream(const unsigned char* at) { return *at; }
 inline uint4 early(const uint4* at) { return *at; }
+inline uint2 early(const uint2* at) { return *at; }
 inline float early(const float* at) { return *at; }
 inline int early(const int* at) { return *at; }
 inline void prefetch(const void*) {}
@@ -134,6 +157,55 @@ inline void publish(int* count) { __atomic_fetch_add(count, 1, __ATOMIC_RELEASE)
 inline int look(const int* count) {
     wait_until([] { return true; });
     return __atomic_load_n(count, __ATOMIC_ACQUIRE);
+}
+
+inline void land(size_t i) {
+    std::function<void()> write = std::move(block->flying[i]);
+    block->flying[i] = std::move(block->flying.back());
+    block->flying.pop_back();
+    write();
+}
+inline void send(uint4* to, uint2 v, unsigned flag, bool really) {
+    if (!really) return;
+    uint64_t* const words = reinterpret_cast<uint64_t*>(to);
+    const uint64_t upper = uint64_t(flag) << 32;
+    block->flying.push_back([=] { __atomic_store_n(words, upper | v.x, __ATOMIC_RELAXED); });
+    block->flying.push_back([=] { __atomic_store_n(words + 1, upper | v.y, __ATOMIC_RELAXED); });
+}
+inline uint4 receive(const uint4* from) {
+    const uint64_t* const words = reinterpret_cast<const uint64_t*>(from);
+    wait_until([] { return true; });
+    const uint64_t b = __atomic_load_n(words + 1, __ATOMIC_RELAXED), a = __atomic_load_n(words, __ATOMIC_RELAXED);
+    return {unsigned(a), unsigned(a >> 32), unsigned(b), unsigned(b >> 32)};
+}
+
+inline void arrive_at_cluster() {
+    block->fibers[block->now].cluster_turn++;
+    block->cluster->arrived++;
+}
+inline void wait_for_cluster() {
+    Cluster* const c = block->cluster;
+    const long all = block->fibers[block->now].cluster_turn * long(c->blocks.size()) * blockDim.x;
+    wait_until([=] { return c->arrived >= all; });
+}
+inline void expect_pushes(unsigned long long* arrived, int bytes) { __atomic_store_n(arrived, bytes, __ATOMIC_RELEASE); }
+inline void push(float* at, float v, unsigned long long* arrived, int to) {
+    Cluster* const c = block->cluster;
+    const ptrdiff_t value = reinterpret_cast<char*>(at) - reinterpret_cast<char*>(shared);
+    const ptrdiff_t count = reinterpret_cast<char*>(arrived) - reinterpret_cast<char*>(shared);
+    {
+        const std::lock_guard<std::mutex> hold(c->lock);
+        if (!c->blocks[to].there) c->broken = true;  // it has not begun, or has ended
+    }
+    block->flying.push_back([=] {
+        const std::lock_guard<std::mutex> hold(c->lock);
+        if (!c->blocks[to].there) return void(c->broken = true);
+        std::memcpy(c->blocks[to].shared + value, &v, sizeof v);
+        __atomic_fetch_sub(reinterpret_cast<unsigned long long*>(c->blocks[to].shared + count), sizeof v, __ATOMIC_RELEASE);
+    });
+}
+inline void wait_for_pushes(unsigned long long* arrived) {
+    wait_until([=] { return __atomic_load_n(arrived, __ATOMIC_ACQUIRE) == 0; });
 }
 
 inline float low(unsigned pair) { return __uint_as_float(pair << 16); }
@@ -179,18 +251,25 @@ inline void enter() {
     block->fibers[block->now].ended = true;
     swapcontext(&block->fibers[block->now].context, &block->scheduler);
 }
-inline bool run_block(int index, int threads, unsigned seed, const std::function<void()>& body) {
+inline bool run_block(int index, int threads, unsigned seed, Cluster& cluster, const std::function<void()>& body) {
     Block mine;
-    block = &mine;
+    block = &mine, mine.cluster = &cluster;
     blockIdx.x = index, blockDim.x = threads;
     mine.fibers.resize(threads), mine.words.resize(threads * 8), mine.body = body, mine.random.seed(seed + index);
     std::memset(shared, 0xFF, sizeof shared);  // NaN, whatever type it is
+    Cluster::Place& place = cluster.blocks[index % cluster.blocks.size()];
+    auto is_there = [&](bool there) {
+        const std::lock_guard<std::mutex> hold(cluster.lock);
+        place = {reinterpret_cast<char*>(shared), there};
+    };
+    is_there(true);
     std::vector<int> waiting;
     for (int i = 0; i < threads; i++) {
         Fiber& f = mine.fibers[i];
-        f.stack.resize(1 << 16);
+        constexpr size_t BYTES = 1 << 16;
+        f.stack.reset(new char[BYTES]);
         getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
+        f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = BYTES, f.context.uc_link = nullptr;
         makecontext(&f.context, enter, 0);
         f.ready = [] { return true; };
         waiting.push_back(i);
@@ -198,8 +277,11 @@ inline bool run_block(int index, int threads, unsigned seed, const std::function
     for (long idle = 0; !waiting.empty();) {
         const size_t pick = mine.random() % waiting.size();
         Fiber& f = mine.fibers[waiting[pick]];
+        if (!mine.flying.empty() && mine.random() % 4 == 0) land(mine.random() % mine.flying.size());
         if (!f.ready()) {
-            if (++idle > 100'000'000) return false;  // nobody can go on
+            if (++idle % 64 == 0) std::this_thread::yield();  // to those it waits for
+            if (idle > 100'000'000) cluster.broken = true;  // nobody can go on
+            if (cluster.broken) break;
             continue;
         }
         idle = 0;
@@ -207,22 +289,35 @@ inline bool run_block(int index, int threads, unsigned seed, const std::function
         swapcontext(&mine.scheduler, &f.context);
         if (f.ended) waiting[pick] = waiting.back(), waiting.pop_back();
     }
-    return true;
+    is_there(false);
+    while (!mine.flying.empty()) land(0);
+    return waiting.empty();
 }
 
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel(*static_cast<A*>(args[I])...); }
 template <class... A>
-int emulate(void (*kernel)(A...), void** args, int blocks, int threads, unsigned seed, bool together) {
+int emulate(void (*kernel)(A...), void** args, int blocks, int threads, unsigned seed, bool together, int cluster) {
     gridDim.x = blocks;
     std::atomic<int> done{0};
-    auto one = [&](int b) { done += run_block(b, threads, seed, [&] { call(kernel, args, std::index_sequence_for<A...>{}); }); };
+    bool broken = blocks % cluster != 0;
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    auto one = [&](int b) {
+        done += run_block(b, threads, seed, *clusters[b / cluster], [&] { call(kernel, args, std::index_sequence_for<A...>{}); });
+    };
     std::vector<std::thread> all;
-    for (int b = 0; b < blocks; b++) {
-        all.emplace_back(one, b);
-        if (!together) all.back().join();
+    for (int first = 0; first < blocks; first += cluster) {
+        clusters.push_back(std::make_unique<Cluster>(cluster));
+        for (int i = 0; i < cluster; i++) {  // in any order, and the last one late
+            if (i > 0 && i == cluster - 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            all.emplace_back(one, first + (i + seed) % cluster);
+        }
+        if (!together) {
+            for (std::thread& t : all) t.join();
+            all.clear();
+        }
     }
-    if (together)
-        for (std::thread& t : all) t.join();
-    return done == blocks ? 0 : 1;
+    for (std::thread& t : all) t.join();
+    for (auto& c : clusters) broken |= c->broken;
+    return done == blocks && !broken ? 0 : 1;
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimo_kernels import bench, cuda, linear, linear_cuda, moe_cuda, router_cuda, window_cuda
+from mimo_kernels import allreduce, bench, cuda, linear, linear_cuda, moe_cuda, norm_cuda, router_cuda, window_cuda
 from tests.kernels import sass
 from tests.kernels.triton_tools import needs_tools
 
@@ -166,6 +166,12 @@ def test_shapes_of_routers():
     assert [router_cuda.fits(hidden) for hidden in (4096, 6144, 1024, 576, 1536)] == [True, True, True, False, False]
 
 
+def test_shapes_of_norms():
+    assert [norm_cuda.fits(columns) for columns in (4096, 6144, 1024, 8192, 576, 1536)] == 4 * [True] + 2 * [False]
+    assert [norm_cuda.fits(4096, cluster) for cluster in norm_cuda.CLUSTERS] == 4 * [True]
+    assert [norm_cuda.fits(6144, cluster) for cluster in norm_cuda.CLUSTERS] == [False] + 3 * [True]  # 1536 threads
+
+
 @pytest.mark.parametrize(
     ("change", "fits"),
     [
@@ -287,3 +293,60 @@ def test_machine_code_of_attention(name, tp, slots, sink, launched):
     keys_of_a_warp = -(-slots // 8 // 8)  # tiles of 8; 16 bytes of every 32 elements
     loads = keys_of_a_warp * a.k_dim // 32 * ["LDG.E.NA.128"]
     assert sorted(early(code)) == (1 + 2 * sink) * ["LDG.E"] + loads + ["LDGSTS.E.BYPASS.128"]
+
+
+def one_trip(code, cluster):
+    """Whether what blocks of a cluster give to each other needs no fence, which would wait for all writes, and one
+    store a warp; all arrive at the cluster, and wait there, once."""
+    assert not code.named("MEMBAR") and not code.named("ERRBAR")
+    assert len(code.named("UCGABAR_ARV")) == len(code.named("UCGABAR_WAIT")) == len(code.named("STAS")) == 1
+    assert code.named("UCGABAR_ARV")[0] < code.named(WAIT)[0] < code.named("UCGABAR_WAIT")[0] < code.named("STAS")[0]
+    return code.shared >= cluster * 4
+
+
+def asked_together(code, count):
+    """Whether the first `count` accesses to memory after the wait are loads, and nothing is computed before the last:
+    so that there is one wait for memory."""
+    (wait,) = code.named(WAIT)
+    ops = [i.op for i in code.code[wait + 1 :]]
+    last = [i for i, op in enumerate(ops) if op.startswith("LDG")][count - 1]
+    return not any(op.startswith(("FADD", "FMUL", "FFMA", "F2FP", "HADD2", "STG", "BAR", "SHFL")) for op in ops[:last])
+
+
+@needs_nvrtc
+@needs_tools
+@pytest.mark.parametrize("cluster", [4, norm_cuda.CLUSTER])
+@pytest.mark.parametrize(("parts", "dtype"), [(0, None), (1, torch.bfloat16), (8, torch.float32), (16, torch.float32)])
+@pytest.mark.parametrize("columns", [4096, 6144, 8192])
+def test_machine_code_of_norms(columns, parts, dtype, cluster, launched):
+    """The weight is asked for before the wait, all else together after it."""
+    update = torch.empty(parts, ROWS, columns, dtype=dtype, device="meta") if parts else None
+    (kernel,) = launched(
+        lambda: norm_cuda.add_rms_norm(bf16(ROWS, columns), update, bf16(columns), 1e-5, cluster=cluster)
+    )
+    code = machine(kernel)
+    assert code.registers <= 96 and always_releases(code) and early(code) == ["LDG.E.NA.64"]
+    assert len(code.named("LDG")) == 1 + 1 + parts and asked_together(code, 1 + parts)
+    assert len(code.named("STG")) == 1 + (parts > 0) and one_trip(code, cluster)
+
+
+@needs_nvrtc
+@needs_tools
+@pytest.mark.parametrize("parts", [0, 8])
+@pytest.mark.parametrize(("ranks", "columns"), [(2, 4096), (4, 4096), (8, 4096), (4, 6144), (8, 6144), (8, 8192)])
+def test_machine_code_of_sums_with_norms(ranks, columns, parts, launched):
+    """Payload and flag in one access of 16 bytes at system scope, all sends before all polls, and no other wait for
+    memory between the loads and the sends."""
+    channel = allreduce.open_channel(0, [0] * ranks, allreduce.capacity(columns), 1.0, "meta")
+    x = torch.empty(ROWS, parts, columns, device="meta").transpose(0, 1) if parts else bf16(ROWS, columns)
+    (kernel,) = launched(
+        lambda: norm_cuda.all_reduce_add_norm(x, bf16(ROWS, columns), bf16(columns), 1e-5, channel=channel)
+    )
+    code = machine(kernel)
+    assert code.registers <= 96 and always_releases(code) and early(code) == ["LDG.E.NA.64"]
+    sends, polls = ([i for i, c in enumerate(code.code) if c.op == f"{op}.E.128.STRONG.SYS"] for op in ("STG", "LDG"))
+    assert len(sends) == len(polls) == ranks and max(sends) < min(polls)
+    assert all("STRONG" not in c.op for i, c in enumerate(code.code) if i not in sends + polls)
+    loads = max(parts, 1) + 3 + ranks + 1  # the residual, an epoch, a failure, and where the buffers are
+    assert len(code.named("LDG")) == 1 + loads + ranks and asked_together(code, loads)
+    assert not code.named("ATOM") and not code.named("RED") and one_trip(code, norm_cuda.CLUSTER)
