@@ -24,7 +24,7 @@ def records(experts, inter, gap=64):
     gate_up, scales = experts.gate_up, experts.gate_up_scales
     order = [experts.down, experts.down_scales, gate_up[:, :inter], scales[:, :inter], gate_up[:, inter:]]
     order.append(scales[:, inter:])
-    flat = torch.cat([*(t.flatten(1) for t in order), torch.full_like(scales[:, :1].flatten(1)[:, :gap], 255)], 1)
+    flat = torch.cat([*(t.flatten(1) for t in order), scales.new_full((len(scales), gap), 255)], 1)
     views, at = [], 0
     for t in order:
         views.append(flat[:, at : at + t[0].numel()].unflatten(1, t.shape[1:]))
