@@ -9,10 +9,10 @@ arrive no faster than the slower of the two, and the ratio to that one is printe
 the load, and its better rate counts. The last line is one JSON document; exits with 1 below the bar on a GPU. (A CPU
 holds the weights themselves and packs them slowly.)
 
-Where the time goes: the caller's seconds are one after the other (proving the headers; the spine, with the memory for
-the experts; of the experts planning, waiting for what is read, asking for packing; and the GPU's rest at the end). The
-threads' are summed over them: reading, waiting for a buffer that is still copied, and asking for copies. Threads that
-wait for buffers mean that copies are the limit, a caller that does not wait means that Python is.
+Where the time goes: the caller's seconds are one after the other (proving the headers; memory for the experts and
+planning their reads; the spine, while experts are read; waiting for the rest of them; and the GPU's rest at the end).
+The threads' are summed over them: reading, waiting for a buffer that is still copied, asking for copies, and asking for
+packing. Threads that wait for buffers mean that copies are the limit, a caller that does not wait means that Python is.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from mimo_kernels.moe import Packer
 from mimo_qat.checkpoint.layout import Geometry, TensorSpec, files_of, header_bytes, read_json, target_tensors, totals
 from mimo_qat.checkpoint.writer import PT_METADATA, write_index
 from mimo_qat.provenance import hardware, resident_bytes, versions, write_json
-from mimo_runtime.experts import BUFFER_BYTES
 from mimo_runtime.load import LoadConfig, open_shards, target_of
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import ExpertRecord
@@ -106,11 +105,10 @@ def warm(folder: Path, ranks: int, device: str) -> dict[str, float]:
     (torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum().item()
     began, g = time.perf_counter(), Geometry.from_config(read_json(folder / "config.json"))
     record = ExpertRecord(g.hidden_size, g.moe_intermediate_size // ranks)
-    many = max(1, BUFFER_BYTES // record.size)
+    many = max(1, SLOT_BYTES // record.size)
     data = torch.zeros(many * record.size, dtype=torch.uint8, device=device)
-    views, packer = record.views(data), Packer(many, record.hidden, record.inter, device)
-    gate, up, down = (views[name] for name in ("gate_proj", "up_proj", "down_proj"))
-    packer.put(0, gate, up, down)
+    matrices, packer = record.gate_up_down(data), Packer(many, record.hidden, record.inter, device)
+    packer.put(0, *matrices)
     packer.check()
     found = {"compile_seconds": time.perf_counter() - began}
     size = 2 * SLOT_BYTES  # not the loader's own, which would find these in the allocator's cache
@@ -123,7 +121,7 @@ def warm(folder: Path, ranks: int, device: str) -> dict[str, float]:
 
     copy_seconds = event_seconds(copy)
     found["copy_gb_per_s"] = len(pinned) * size / copy_seconds / 1e9
-    found["pack_gb_per_s"] = len(data) / event_seconds(lambda: packer.put(0, gate, up, down)) / 1e9
+    found["pack_gb_per_s"] = len(data) / event_seconds(lambda: packer.put(0, *matrices)) / 1e9
     return found
 
 

@@ -33,6 +33,7 @@ saves at 8 tokens, and the plain Triton forms need seven instructions a weight. 
 or biased SwiGLU, scale bytes above 128 (weights above 12).
 """
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -179,13 +180,14 @@ class Packer:
             return words, torch.empty(*shape, PAGE_K // mxfp4.BLOCK, dtype=torch.uint8, device=device)
 
         self.packed = PackedExperts(*pages(2 * ip, hp), *pages(hp, ip), hidden=hidden, inter=inter)
+        self._lock = threading.Lock()  # a GPU's kernel is atomic where it must be
         self._largest = torch.zeros(2, dtype=torch.int32, device=device)  # scale bytes of gate_up and of down
 
     @torch.no_grad()
     def put(self, first: int, gate: Matrices, up: Matrices, down: Matrices) -> None:
         """Packs n experts to the places from `first` on: gate and up [n, I, H] and of the same strides, down [n, H, I].
 
-        Dimension 0 may have any stride, the others are contiguous.
+        Dimension 0 may have any stride, the others are contiguous. Threads may pack at once, on a GPU on any streams.
         """
         if self.device.type == "meta":
             return
@@ -195,6 +197,10 @@ class Packer:
 
             moe_pack_triton.pack(self.packed, first, gate, up, down, self._largest)
             return
+        with self._lock:
+            self._put(first, gate, up, down)
+
+    def _put(self, first: int, gate: Matrices, up: Matrices, down: Matrices) -> None:
         p = self.packed
         for i in range(0, len(down[0]), _AT_ONCE):
             some = slice(i, i + _AT_ONCE)

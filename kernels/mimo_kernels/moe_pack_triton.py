@@ -7,6 +7,9 @@ down, so gate and up are interleaved on the way. Names: suffix _R = rows of a ha
 one scale byte.
 """
 
+import contextlib
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +18,8 @@ from .moe import MAX_SCALE_BYTE, SCALE_BIAS, Matrices, PackedExperts
 
 _PAGES, _WARPS = 8, 4  # pages a program, 16 KB read and written
 _HALF = tl.constexpr(8)
+_compiled: set[tuple] = set()  # kinds of launches that were made
+_compiling = threading.Lock()
 _BIAS, _MOST = tl.constexpr(SCALE_BIAS), tl.constexpr(MAX_SCALE_BYTE)
 
 
@@ -78,10 +83,15 @@ def _pack_kernel(
 def pack(packed: PackedExperts, to: int, gate: Matrices, up: Matrices, down: Matrices, largest: torch.Tensor) -> None:
     """Fills the experts from `to` on; codes uint8 [n, R, K/2] and scales uint8 [n, R, K/32], each expert's rows side by
     side, `up` with the strides of `gate`. `largest` int32 [2] <- scale bytes above the layout's, of gate_up and down.
+
+    Of several threads one compiles, and the others wait.
     """
-    with torch.cuda.device_of(packed.down):
+    kind = packed.down.device, packed.hidden, packed.inter, gate[0].stride(0), down[0].stride(0)
+    known = kind in _compiled
+    with torch.cuda.device_of(packed.down), contextlib.nullcontext() if known else _compiling:
         _launch(packed.gate_up, packed.gate_up_scales, to, gate, up, largest)
         _launch(packed.down, packed.down_scales, to, down, None, largest)
+    _compiled.add(kind)
 
 
 def _launch(

@@ -45,11 +45,11 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str], int]:
-    """({name: TensorSpec with this `file`, in file order}, metadata, offset of the first tensor) of a safetensors file.
+def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str], dict[str, int]]:
+    """({name: TensorSpec with this `file`, in file order}, metadata, {name: offset of its bytes}) of a file.
 
-    safetensors itself validates offsets and size: tensors lie one after the other, without gaps, to the end of the
-    file. ValueError names the file and the fault.
+    The library safetensors validates offsets and size: tensors lie one after the other, without gaps, to the end of
+    the file. ValueError names the file and the fault.
     """
     if len(path.name.encode("utf-8", "surrogatepass")) > MAX_FILE_NAME:
         raise ValueError(f"{path.parent}: the index names a file of {len(path.name)} characters; fetch the index again")
@@ -73,7 +73,8 @@ def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str,
         if entry["dtype"] not in DTYPE_BYTES:
             raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which no release uses; export it again")
     ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {n: TensorSpec(n, e["dtype"], tuple(e["shape"]), file) for n, e in ordered}, metadata or {}, 8 + length
+    specs = {n: TensorSpec(n, e["dtype"], tuple(e["shape"]), file) for n, e in ordered}
+    return specs, metadata or {}, {n: 8 + length + e["data_offsets"][0] for n, e in ordered}
 
 
 class TensorFolder:
@@ -101,10 +102,8 @@ class TensorFolder:
         self.specs = self._header(lone)
 
     def _header(self, file: str) -> dict[str, TensorSpec]:
-        specs, _, offset = read_header(inside(self.folder, file), file)
-        for spec in specs.values():
-            self._offsets[spec.name] = offset
-            offset += spec.nbytes
+        specs, _, offsets = read_header(inside(self.folder, file), file)
+        self._offsets |= offsets
         return specs
 
     def _read_indexed(self) -> None:
@@ -120,17 +119,16 @@ class TensorFolder:
         found: dict[str, TensorSpec] = {}
         for file in dict.fromkeys(weight_map.values()):
             header = self._header(file)
-            for name, spec in header.items():
-                if name in found:
-                    raise ValueError(
-                        f"{self.folder}: {name} is in {found[name].file} and in {file}; "
-                        "keep one and write the index again"
-                    )
-                if name not in weight_map:
-                    raise ValueError(
-                        f"{self.folder / file} holds {name}, which the index does not name; write the index again"
-                    )
-                found[name] = spec
+            if twice := sorted(header.keys() & found.keys()):
+                raise ValueError(
+                    f"{self.folder}: {twice[0]} is in {found[twice[0]].file} and in {file}; "
+                    "keep one and write the index again"
+                )
+            if unknown := sorted(header.keys() - weight_map.keys()):
+                raise ValueError(
+                    f"{self.folder / file} holds {unknown[0]}, which the index does not name; write the index again"
+                )
+            found |= header
         for name, file in weight_map.items():
             if name not in found or found[name].file != file:
                 raise ValueError(

@@ -8,7 +8,7 @@ path must stay inside the folder, every header is bounded and validated, and eve
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from mimo_qat.checkpoint.layout import (
 )
 
 Box = tuple[str, range, range]  # a stored matrix, and rows and columns of it
+Job = tuple[Sequence[Box], int, Callable[[torch.Tensor], None]]  # boxes, their bytes, what becomes of them
 
 MASK_FILE = "mask_embedding.pt"
 MAX_MASK_BYTES = 2**24
@@ -54,10 +55,10 @@ def e8m0_bytes(scale: torch.Tensor, name: str) -> torch.Tensor:
 
 
 class Filling:
-    """Bytes on their way into a tensor."""
+    """Bytes on their way to where they are used."""
 
     def wait(self) -> None:
-        """Returns when whoever follows on the device's stream may read the tensor; raises what reading raised."""
+        """Returns when whoever follows on the device's stream may use what came of them; raises what reading raised."""
 
 
 class Checkpoint(TensorFolder):
@@ -67,6 +68,7 @@ class Checkpoint(TensorFolder):
     """
 
     device: str | torch.device = "cpu"  # where stored tensors are
+    _handed = torch.empty(0, dtype=torch.uint8)  # the buffer of `hand`
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
@@ -101,15 +103,25 @@ class Checkpoint(TensorFolder):
         """A rectangle of a stored matrix, as `raw` gives the whole."""
         return self.raw(name)[rows.start : rows.stop, columns.start : columns.stop]
 
-    def gather(self, boxes: Iterable[Box], out: torch.Tensor, *, spread: bool = False) -> "Filling":
-        """The bytes of boxes, one after the other, into uint8 [n], which is full when what this returns was waited
-        for. `spread` is for whoever waits at once: every thread that reads, if there are any, takes a part."""
+    def gather(self, boxes: Iterable[Box], out: torch.Tensor) -> None:
+        """The bytes of boxes, one after the other, into uint8 [n], for whoever follows on the device's stream."""
         at = 0
         for box in boxes:
             stored = self.box(*box).contiguous().view(torch.uint8).flatten()
             out[at : at + len(stored)].copy_(stored)
             at += len(stored)
         assert at == len(out)
+
+    def hand(self, jobs: Sequence[Job]) -> "Filling":
+        """Each job's bytes, one box after the other in uint8 [size] on the device, go to its function, which may not
+        keep them; all is done when what this returns was waited for. Where threads read, they call the functions, in no
+        order, on streams of their own that begin after all that this thread's stream was asked for."""
+        most = max((size for _, size, _ in jobs), default=0)
+        if len(self._handed) < most:
+            self._handed = torch.empty(most, dtype=torch.uint8, device=self.device)
+        for boxes, size, use in jobs:
+            self.gather(boxes, self._handed[:size])
+            use(self._handed[:size])
         return Filling()
 
     def weight(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

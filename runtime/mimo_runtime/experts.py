@@ -1,68 +1,92 @@
-"""Routed experts from files to the packed layout of the kernels, all layers in one stream.
+"""Routed experts from files to the packed layout of the kernels, beside all other work of loading.
 
-Some experts at a time go as stored, in one piece, to a buffer on the device, and from there to their places by
-`mimo_kernels.moe.Packer`. There are a few such buffers, each of which is asked for again as soon as the packing of what
-it held is on the device's stream, so the reading threads always have work, also while a layer ends and another begins.
-On a GPU nothing here waits for the device but the check of the scale bytes at the end.
+As many experts as fit a buffer are one job, which threads of the checkpoint do in any order: read the bytes as stored,
+copy them to the device in one piece, and pack them to their places by `mimo_kernels.moe.Packer`. The caller plans the
+jobs, reads the small tensors meanwhile, and waits; nothing waits for the device but the check of the scale bytes.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from mimo_kernels.moe import Packer
-from mimo_qat.checkpoint.reader import Filling
-from mimo_runtime.shards import Shards
+from mimo_kernels.moe import Matrices, Packer
+from mimo_qat.checkpoint.layout import Geometry, read_json
+from mimo_qat.checkpoint.reader import Filling, Job
+from mimo_runtime import staging
+from mimo_runtime.shards import ExpertRecord, Shards
 
-BUFFERS, BUFFER_BYTES = 6, 2**26  # more than 16 threads can be reading
+
+def at_once(record: ExpertRecord) -> int:
+    """Experts of a job."""
+    return max(1, staging.SLOT_BYTES // record.size)
 
 
-def fill(shards: Shards, packers: Mapping[int, Packer], loaded: Callable[[int], None]) -> None:
-    """Reads this rank's experts of the layers in `packers`; calls `loaded` with each layer when all of its is read.
+def compile_ahead(folder: Path, ranks: int, device: str) -> None:
+    """Packs experts of zeros on a thread, so that a GPU's kernel is compiled while headers are read. Who opens the
+    folder tells what is wrong with it."""
+    where = torch.empty(0, device=device).device  # a thread has another current device
 
-    ValueError as of `Packer.check`, with the layer. `shards.seconds` gets the caller's time: "plan" what to read,
-    "wait" for it, "pack" (asking for it on a GPU), and "drain", the wait for the GPU at the end.
+    @torch.inference_mode()
+    def work() -> None:
+        with contextlib.suppress(ValueError, OSError):
+            g = Geometry.from_config(read_json(folder / "config.json"))
+            record = ExpertRecord(g.hidden_size, g.moe_intermediate_size // ranks)
+            many = min(2, at_once(record))  # views of one record have other strides than those of several
+            data = torch.zeros(many * record.size, dtype=torch.uint8, device=where)
+            Packer(many, record.hidden, record.inter, where).put(0, *record.gate_up_down(data))
+
+    threading.Thread(target=work, name="compile").start()
+
+
+class Filler:
+    """Fills the `packers` of layers, which `add` brings in one by one, with this rank's experts.
+
+    `shards.seconds` gets the caller's time: "plan" what to read and have it begun, "wait" for it, and "drain", the wait
+    for the GPU at the end.
     """
-    if not packers:
-        return
-    record, count = shards.expert_record(), shards.checkpoint.geometry.n_routed_experts
-    many = min(count, max(1, BUFFER_BYTES // record.size))
-    spare: list[torch.Tensor] = []
-    running: deque[tuple[int, range, torch.Tensor, list[Filling]]] = deque()
 
-    def finish() -> None:
-        layer, experts, buffer, fillings = running.popleft()
-        with shards.timed("wait"):
-            for filling in fillings:
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self.packers: dict[int, Packer] = {}
+        self._running: dict[int, Filling] = {}
+        self._views: dict[tuple[int, int], list[Matrices]] = {}  # of the few buffers that there are
+
+    def add(self, layer: int, packer: Packer) -> None:
+        """Begins to fill `packer`."""
+        self.packers[layer] = packer
+        with self.shards.timed("plan"):
+            count, many = len(packer.packed.down), at_once(self.shards.expert_record())
+            groups = [range(first, min(count, first + many)) for first in range(0, count, many)]
+            self._running[layer] = self.shards.checkpoint.hand([self._job(layer, experts) for experts in groups])
+
+    def _job(self, layer: int, experts: range) -> Job:
+        boxes, as_bytes = self.shards.expert_boxes(layer, experts)
+        packer, record = self.packers[layer], self.shards.expert_record()
+
+        def put(data: torch.Tensor) -> None:
+            key = data.data_ptr(), len(data)
+            if key not in self._views:
+                self._views[key] = record.gate_up_down(data)
+            packer.put(experts.start, *self._views[key])
+
+        def convert(_: torch.Tensor) -> None:
+            packer.put(experts.start, *record.gate_up_down(self.shards.expert_bytes(boxes)))
+
+        return (boxes, len(experts) * record.size, put) if as_bytes else ((), 0, convert)
+
+    def finish(self, loaded: Callable[[int], None]) -> None:
+        """Waits, and calls `loaded` with each layer when all of its is read. ValueError as of `Packer.check`, with the
+        layer."""
+        for layer, filling in self._running.items():
+            with self.shards.timed("wait"):
                 filling.wait()
-        with shards.timed("pack"):
-            pack(layer, experts, buffer)
-        spare.append(buffer)
-        if experts.stop == count:
             loaded(layer)
-
-    def pack(layer: int, experts: range, buffer: torch.Tensor) -> None:
-        matrices = record.views(buffer[: len(experts) * record.size])
-        gate, up, down = (matrices[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        packers[layer].put(experts.start, gate, up, down)
-
-    for layer in packers:
-        for first in range(0, count, many):
-            if len(running) == BUFFERS:
-                finish()
-            if not spare:
-                spare.append(torch.empty(many * record.size, dtype=torch.uint8, device=shards.checkpoint.device))
-            experts, buffer = range(first, min(count, first + many)), spare.pop()
-            out = buffer[: len(experts) * record.size]
-            with shards.timed("plan"):
-                fillings = shards.expert_bytes(layer, experts, out)
-            running.append((layer, experts, buffer, fillings))
-    while running:
-        finish()
-    with shards.timed("drain"):
-        for layer, packer in packers.items():
-            try:
-                packer.check()
-            except ValueError as error:
-                raise ValueError(f"model.layers.{layer}.mlp.experts: {error}") from None
+        with self.shards.timed("drain"):
+            for layer, packer in self.packers.items():
+                try:
+                    packer.check()
+                except ValueError as error:
+                    raise ValueError(f"model.layers.{layer}.mlp.experts: {error}") from None

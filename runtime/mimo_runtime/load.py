@@ -7,10 +7,12 @@ reads the unquantised reference, and snaps its experts to MXFP4 on request: the 
 release competes with.
 """
 
+import contextlib
+import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from mimo_kernels.linear import pack_fp8
 from mimo_kernels.moe import Experts, PackedExperts, Packer, pack_experts
 from mimo_qat.checkpoint.layout import Geometry, LayerGeometry
 from mimo_qat.checkpoint.reader import Box
-from mimo_runtime.experts import fill
+from mimo_runtime.experts import Filler, compile_ahead
 from mimo_runtime.norms import Norm
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.rotary import Rotations
@@ -272,11 +274,27 @@ def load_target(folder: str | Path, cfg: LoadConfig) -> Target:
         shards.checkpoint.close()
 
 
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keeps Python from looking for cycles while many small objects are made, of which none is in a cycle: each time it
+    looks at all objects of the process."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def open_shards(folder: str | Path, cfg: LoadConfig) -> Shards:
     """A rank's share of a folder that is proved first, not read yet; ValueError as `load_target`."""
     device = cfg.device if cfg.rtn is None else "cpu"  # BF16 experts of a layer are more than a GPU has room for
-    checkpoint = StagedCheckpoint(folder, device)
-    checkpoint.verify()
+    if cfg.fast and cfg.rtn is None and cfg.dtype == torch.bfloat16 and cfg.experts != "plain":
+        compile_ahead(Path(folder), cfg.ranks.size, cfg.device)
+    with collection_paused():
+        checkpoint = StagedCheckpoint(folder, device)
+        checkpoint.verify()
     if cfg.rtn is not None and checkpoint.format[0] != "bf16":
         raise ValueError(
             f"{folder} holds {checkpoint.format[0]} experts; round-to-nearest quantisation starts from BF16 experts, "
@@ -290,21 +308,34 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     g = shards.checkpoint.geometry
     check_target(g, cfg.ranks.size)
     bar = Progress("loading target", g.num_hidden_layers + 1, cfg)
+    filler = _begin_experts(shards, g, cfg)
     began = time.perf_counter()
     embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
     head = cfg.weight(embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg))
     bar.advance(embed, None if g.tie_word_embeddings else head)
-    layers: list[Layer] = []
-    packers: dict[int, Packer] = {}  # experts to read when the small tensors are there, in one go
-    for i in range(g.num_hidden_layers):
-        layers.append(_target_layer(shards, g, i, cfg, packers))
-        if i not in packers:
-            bar.advance(*layers[-1].weights())
-    shards.seconds["spine"] = time.perf_counter() - began  # and memory for the experts
-    fill(shards, packers, lambda i: bar.advance(*layers[i].weights()))
     norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
-    shards.complete()
+    layers: list[Layer] = []
+    for i in range(g.num_hidden_layers):
+        layers.append(_target_layer(shards, g, i, cfg, filler.packers))
+        if i not in filler.packers:
+            bar.advance(*layers[-1].weights())
+    shards.complete()  # or will be, by what is on its way
+    shards.seconds["spine"] = time.perf_counter() - began
+    filler.finish(lambda i: bar.advance(*layers[i].weights()))
     return Target(g, embed, tuple(layers), norm, head, stop_token_ids, cfg.ranks)
+
+
+def _begin_experts(shards: Shards, g: Geometry, cfg: LoadConfig) -> Filler:
+    """Begins to read what stays MXFP4, all layers' before anything else."""
+    filler = Filler(shards)
+    if cfg.packs(shards.checkpoint.format[0]) and cfg.rtn is None:
+        record = shards.expert_record()
+        with collection_paused():
+            for i in (i for i, layer in enumerate(g.layers) if layer.moe):
+                with shards.timed("memory"):
+                    packer = Packer(g.n_routed_experts, record.hidden, record.inter, cfg.device)
+                filler.add(i, packer)
+    return filler
 
 
 def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
@@ -319,7 +350,7 @@ def _matrix(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Weight:
     return cfg.weight(torch.cat([shards.values(box, cfg.dtype).to(cfg.device) for box in boxes]))
 
 
-def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers: dict[int, Packer]) -> Layer:
+def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers: Mapping[int, Packer]) -> Layer:
     at, geometry = f"model.layers.{i}.", g.layers[i]
 
     def whole(name: str, dtype: torch.dtype = cfg.dtype) -> torch.Tensor:
@@ -361,19 +392,15 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers:
     return Layer(before, attention, after, mlp)
 
 
-def _experts(shards: Shards, i: int, cfg: LoadConfig, packers: dict[int, Packer]) -> PlainExperts | PackedExperts:
-    """The experts of layer i in the form that `cfg` asks for; with an entry in `packers` where they are not read."""
-    packed = cfg.packs(shards.checkpoint.format[0])
-    if packed and cfg.rtn is None:
-        record = shards.expert_record()
-        count = shards.checkpoint.geometry.n_routed_experts
-        packers[i] = Packer(count, record.hidden, record.inter, cfg.device)
+def _experts(shards: Shards, i: int, cfg: LoadConfig, packers: Mapping[int, Packer]) -> PlainExperts | PackedExperts:
+    """The experts of layer i in the form that `cfg` asks for: those of `packers`, or read here."""
+    if i in packers:
         return packers[i].packed
     gate_up, down = shards.experts(i, cfg.dtype if cfg.rtn is None else torch.bfloat16)
     if cfg.rtn is None:
         return PlainExperts(gate_up.to(cfg.device), down.to(cfg.device))
     names = f"model.layers.{i}.mlp.experts.gate_up", f"model.layers.{i}.mlp.experts.down"
-    if packed:
+    if cfg.packs(shards.checkpoint.format[0]):
         (codes, scales), (down, down_scales) = (
             mxfp4.encode(t.to(cfg.device), cfg.rtn, name=n) for t, n in zip((gate_up, down), names, strict=True)
         )

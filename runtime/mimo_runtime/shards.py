@@ -21,9 +21,10 @@ import torch
 
 from mimo_kernels import fp8, mxfp4
 from mimo_kernels.linear import GROUP_ROWS
+from mimo_kernels.moe import Matrices
 from mimo_qat.checkpoint.folder import TORCH_DTYPES
 from mimo_qat.checkpoint.layout import MTP_PREFIX, TOWER_PREFIXES, Geometry, LayerGeometry
-from mimo_qat.checkpoint.reader import Box, Checkpoint, Filling, e8m0_bytes
+from mimo_qat.checkpoint.reader import Box, Checkpoint, e8m0_bytes
 from mimo_runtime.parallel import Ranks
 
 
@@ -112,8 +113,9 @@ class ExpertRecord:
         """Bytes."""
         return 3 * self.hidden * self.inter * (mxfp4.BLOCK // 2 + 1) // mxfp4.BLOCK
 
-    def views(self, data: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """{matrix: (codes [n, rows, columns / 2], scales [n, rows, columns / 32])} of n records, uint8 [n * size]."""
+    def gate_up_down(self, data: torch.Tensor) -> list[Matrices]:
+        """(codes [n, rows, columns / 2], scales [n, rows, columns / 32]) of gate, up and down in n records, uint8
+        [n * size]."""
         records, at, found = data.view(-1, self.size), 0, {}
         for matrix in self.matrices:
             rows, columns = (self.hidden, self.inter) if matrix == "down_proj" else (self.inter, self.hidden)
@@ -122,7 +124,7 @@ class ExpertRecord:
                 tensors.append(records[:, at : at + rows * width].unflatten(1, (rows, width)))
                 at += rows * width
             found[matrix] = tensors[0], tensors[1]
-        return found
+        return [found[name] for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 class Shards:
@@ -216,7 +218,7 @@ class Shards:
         for name, rows, columns in boxes:
             assert TORCH_DTYPES[self.checkpoint.spec(name).dtype] == dtype and len(columns) == shape[1]
             self.boxes.setdefault(name, []).append((rows, columns))
-        self.checkpoint.gather(boxes, out.view(torch.uint8).view(-1), spread=True).wait()
+        self.checkpoint.gather(boxes, out.view(torch.uint8).view(-1))
         return out
 
     def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,39 +236,29 @@ class Shards:
         return gate_up, down
 
     def expert_record(self) -> "ExpertRecord":
-        """How `expert_bytes` lays out this rank's share of an expert."""
+        """How the boxes of `expert_boxes` follow each other."""
         g = self.checkpoint.geometry
         return ExpertRecord(g.hidden_size, g.moe_intermediate_size // self.ranks.size)
 
-    def expert_bytes(self, layer: int, experts: range, out: torch.Tensor) -> list[Filling]:
-        """This rank's share of some experts of a layer as the MXFP4 codes and scale bytes that are stored, to uint8
-        [len(experts) * `expert_record().size`], which is full when what this returns was waited for."""
-        prefix = f"model.layers.{layer}.mlp.experts."
-        record = self.expert_record()
-        inner, hidden = (
-            part(self.checkpoint.geometry.moe_intermediate_size, self.ranks.rank, self.ranks.size),
-            range(record.hidden),
-        )
-        fillings: list[Filling] = []
-        boxes: list[Box] = []
-        begin = at = 0
-        for e in experts:
-            for matrix in record.matrices:
-                rows, columns = (hidden, inner) if matrix == "down_proj" else (inner, hidden)
-                base = f"{prefix}{e}.{matrix}"
-                for name, per in ((self._stored(base), 2), (base + ".weight_scale", mxfp4.BLOCK)):
-                    box = name, rows, _divided(columns, per)
-                    size = len(rows) * len(box[2])
-                    if self.checkpoint.spec(name).dtype in ("U8", "F8_E8M0"):
-                        self.boxes.setdefault(name, []).append(box[1:])
-                        boxes.append(box)
-                    else:  # scales that are stored as floats become bytes at once
-                        fillings.append(self.checkpoint.gather(boxes, out[begin:at]))
-                        out[at : at + size].copy_(e8m0_bytes(self._raw(*box), name).flatten())
-                        boxes, begin = [], at + size
-                    at += size
-        fillings.append(self.checkpoint.gather(boxes, out[begin:at]))
-        return fillings
+    def expert_boxes(self, layer: int, experts: range) -> tuple[list[Box], bool]:
+        """(this rank's share of some experts of a layer, whether all is stored as MXFP4 codes and scale bytes)."""
+        prefix, record = f"model.layers.{layer}.mlp.experts.", self.expert_record()
+        inner = part(self.checkpoint.geometry.moe_intermediate_size, self.ranks.rank, self.ranks.size)
+        codes = self._stored(f"{prefix}{experts.start}.down_proj").rpartition(".")[2]  # one dialect, which was proved
+        shares = []
+        for matrix in record.matrices:
+            rows, columns = (range(record.hidden), inner) if matrix == "down_proj" else (inner, range(record.hidden))
+            shares.append((f".{matrix}.{codes}", rows, _divided(columns, 2)))
+            shares.append((f".{matrix}.weight_scale", rows, _divided(columns, mxfp4.BLOCK)))
+        boxes = [(f"{prefix}{e}{end}", rows, columns) for e in experts for end, rows, columns in shares]
+        for box in boxes:
+            self.boxes.setdefault(box[0], []).append(box[1:])
+        return boxes, {self.checkpoint.spec(box[0]).dtype for box in boxes} <= {"U8", "F8_E8M0"}
+
+    def expert_bytes(self, boxes: Iterable[Box]) -> torch.Tensor:
+        """uint8 [n * `expert_record().size`] of `expert_boxes` where scales are stored as floats."""
+        stored = ((name, self.checkpoint.box(name, rows, columns)) for name, rows, columns in boxes)
+        return torch.cat([(t if name.endswith("weight") else e8m0_bytes(t, name)).flatten() for name, t in stored])
 
     def complete(self) -> None:
         """Proves that every tensor of the model gave this rank its share."""

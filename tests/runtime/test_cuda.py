@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimo_qat.checkpoint.reader import Checkpoint
-from mimo_runtime import experts, staging
+from mimo_runtime import staging
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, load_target
@@ -47,9 +47,8 @@ def test_what_threads_read_has_the_bytes_of_the_files(release, monkeypatch, slot
 @pytest.mark.parametrize("slot", [1000, 2**24])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_loaded_share_has_the_bits_of_the_cpu(release, monkeypatch, slot, size):
-    """Packed experts, FP8 codes and values; buffers on the device of a few experts, used again many times."""
+    """Packed experts, FP8 codes and values; buffers of an expert, used again many times, and of many."""
     monkeypatch.setattr(staging, "SLOT_BYTES", slot)
-    monkeypatch.setattr(experts, "BUFFER_BYTES", 10_000)
     loaded = (
         load_target(release, LoadConfig(device, experts="packed", linears="kernel", ranks=Ranks(size - 1, size)))
         for device in ("cuda", "cpu")

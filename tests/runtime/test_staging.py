@@ -1,16 +1,21 @@
 """What threads read of a release, against the mapped file: directly, and through the buffers of a GPU's copies."""
 
 import contextlib
+import gc
 import importlib.util
 import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from mimo_kernels.moe import Packer
 from mimo_qat.checkpoint.reader import Checkpoint
 from mimo_runtime import staging
+from mimo_runtime.experts import compile_ahead
 from mimo_runtime.load import LoadConfig, load_target, open_shards
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.staging import StagedCheckpoint
@@ -73,10 +78,98 @@ def test_many_boxes_at_once(staged, release):
     boxes = [(n, range(rows), range(columns // 2 * (i % 2), columns)) for i, n in enumerate(names[::-1])]
     expected = torch.cat([mapped.box(*box).contiguous().flatten() for box in boxes])
     out = torch.zeros(len(expected) + 2, dtype=torch.uint8)
-    staged.gather(boxes, out[1:-1]).wait()
+    staged.gather(boxes, out[1:-1])
     assert torch.equal(out[1:-1], expected) and out[0] == out[-1] == 0
-    mapped.gather(boxes, out[1:-1]).wait()
+    mapped.gather(boxes, out[1:-1])
     assert torch.equal(out[1:-1], expected)
+
+
+@pytest.fixture(params=["cpu", "streams"])
+def handing(request, release, monkeypatch):
+    """A reader whose `hand` runs as it is, or takes the way of a GPU with stand-ins that note what waits for what."""
+    reader, noted = StagedCheckpoint(release, "cpu"), []
+    if request.param == "streams":
+        empty = torch.empty
+
+        class Event:
+            def __init__(self, blocking=False):
+                self.recorded = False
+
+            def synchronize(self):
+                assert self.recorded
+                noted.append("buffer")
+
+            def record(self, stream):
+                self.recorded = True
+
+        class Stream:
+            def __init__(self, device=None):
+                self.waited = set()
+
+            def record_event(self):
+                return Event()
+
+            def wait_event(self, event):
+                noted.append("begin")
+
+            def wait_stream(self, stream):
+                noted.append(stream)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
+        monkeypatch.setattr(reader, "_stream", Stream)
+    yield reader, noted
+    reader.close()
+
+
+def jobs_of(names, mapped, use):
+    return [((box,), mapped.spec(box[0]).nbytes, lambda data, n=box[0]: use(n, data)) for box in names]
+
+
+def test_what_is_handed_over_has_the_bytes_of_the_file(handing, release):
+    """On threads, whose buffers are used again; nothing is kept."""
+    (reader, noted), mapped, found = handing, Checkpoint(release), {}
+    boxes = [(n, *map(range, mapped.spec(n).shape)) for n in mapped.names if ".experts." in n]
+    reader.hand(jobs_of(boxes, mapped, lambda name, data: found.update({name: data.clone()}))).wait()
+    assert found.keys() == {box[0] for box in boxes}
+    for name, data in found.items():
+        assert torch.equal(data, mapped.raw(name).view(torch.uint8).flatten()), name
+    assert not noted or noted.count("begin") == len(boxes)  # after what was asked for before
+    used = [slot.stream for slot in reader._handing.slots if slot.stream]
+    assert [x for x in noted if not isinstance(x, str)] == used  # before what is asked for after
+    assert not used or noted.count("buffer") == len(boxes) - len(used)
+
+
+def test_what_fails_for_whom_bytes_are_handed_is_told(handing, release):
+    def fail(name, data):
+        raise ValueError(f"no place for {name}")
+
+    reader, mapped = handing[0], Checkpoint(release)
+    boxes = [(n, *map(range, mapped.spec(n).shape)) for n in mapped.names if ".experts." in n]
+    with pytest.raises(ValueError, match="no place for model"):
+        reader.hand(jobs_of(boxes, mapped, fail)).wait()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu])
+def test_scales_of_other_dtypes_are_packed_as_well(release, dtype):
+    """Some of them: the rest stays bytes. Floats that are no powers of two are refused by name."""
+    expected = load_target(release, LoadConfig("cpu", experts="packed"))
+    mapped = Checkpoint(release)
+    name = [n for n in mapped.names if ".experts.2." in n and n.endswith("up_proj.weight_scale")][1]
+    path = release / mapped.spec(name).file
+    stored = load_file(path)
+    scales = stored[name].view(torch.float8_e8m0fnu)
+    stored[name] = scales.to(dtype)
+    save_file(stored, path)
+    found = load_target(release, LoadConfig("cpu", experts="packed"))
+    assert all(same(a, b) for a, b in zip(tensors_of(found), tensors_of(expected), strict=True))
+    if dtype == torch.float32:
+        stored[name][0, 0] *= 1.5
+        save_file(stored, path)
+        with pytest.raises(ValueError, match=f"{name} holds floats that are no powers of two"):
+            load_target(release, LoadConfig("cpu", experts="packed"))
 
 
 def test_neighbours_in_a_file_are_read_together(release, monkeypatch):
@@ -91,7 +184,7 @@ def test_neighbours_in_a_file_are_read_together(release, monkeypatch):
     total = sum(reader.spec(n).nbytes for n in names)
     monkeypatch.setattr(staging, "SLOT_BYTES", total // 3 + 1)
     out = torch.empty(total, dtype=torch.uint8)
-    reader.gather(boxes, out).wait()
+    reader.gather(boxes, out)
     assert (reader.times.reads, reader.times.bytes) == (3, total) and len(names) > 3
     assert bytes(out.numpy().data) == (release / file).read_bytes()[-total:]
     reader.close()
@@ -107,7 +200,7 @@ def test_the_tensor_that_a_file_ends_in_is_named(release):
     boxes = [(n, *map(range, reader.spec(n).shape)) for n in names if len(reader.spec(n).shape) == 2]
     out = torch.empty(sum(reader.spec(b[0]).nbytes for b in boxes), dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"{file} ended inside {middle}: .* fetch it again"):
-        reader.gather(boxes, out).wait()
+        reader.gather(boxes, out)
     reader.close()
 
 
@@ -153,6 +246,34 @@ def test_a_failed_read_ends_at_once(release, monkeypatch):
     assert len(calls) < pieces / 2
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_kernel_is_compiled_by_a_pack_like_those_to_come(release, monkeypatch, ranks):
+    """On a thread, of an expert as files give it; a folder that is none is for others to refuse."""
+    put, seen, failed = Packer.put, [], []
+
+    def noted(self, first, *matrices):
+        sizes = [(t.shape[1:], t.stride()) for matrix in matrices for t in matrix]
+        seen.append((threading.current_thread().name, self.packed.hidden, self.packed.inter, sizes))
+        put(self, first, *matrices)
+
+    monkeypatch.setattr(Packer, "put", noted)
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    for folder in (release / "nowhere", release):
+        compile_ahead(folder, ranks, "cpu")
+        for thread in threading.enumerate():
+            if thread.name == "compile":
+                thread.join()
+    load_target(release, LoadConfig("cpu", experts="packed", ranks=Ranks(0, ranks)))
+    assert not failed and seen[0][0] == "compile" and len(seen) > 1
+    assert all(kind[1:] == seen[0][1:] and kind[0].startswith("read") for kind in seen[1:])
+
+
+def test_the_collector_is_back_after_a_refusal(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        open_shards(tmp_path / "nowhere", LoadConfig("cpu"))
+    assert gc.isenabled()
+
+
 def test_ranks_of_a_host_share_its_cores(monkeypatch):
     monkeypatch.setattr(staging.os, "sched_getaffinity", lambda pid: range(64))
     assert staging.reading_threads() == staging.MOST_THREADS
@@ -183,7 +304,7 @@ def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
     assert total / ranks <= 1e9 * found["rank_gb"] < 1.2 * total / ranks
     assert found["ratio"] == pytest.approx(found["load_gb_per_s"] / found["read_gb_per_s"])
     caller, threads = found["parts"]["caller"], found["parts"]["threads"]
-    assert set(caller) == {"open", "spine", "plan", "wait", "pack", "drain"} and min(caller.values()) >= 0
+    assert set(caller) == {"open", "memory", "plan", "spine", "wait", "drain"} and min(caller.values()) >= 0
     assert sum(caller.values()) <= found["load_seconds"] and threads["reading"] >= 0
     assert threads["bytes"] >= 1e9 * found["rank_gb"]
     assert ranks > 1 or 0 < threads["reads"] < len(stored.names)  # neighbours together
