@@ -339,7 +339,7 @@ def test_bench_without_a_gpu(capsys):
     bench.main([str(config), "--shape", "6144", "2048", "384", "8", "--tp", "4", "8", "--bandwidth", "4000"])
     *text, last = capsys.readouterr().out.splitlines()
     document = json.loads(last)
-    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 60
+    assert "nothing is measured" in text[0] and not document["measured"] and len(document["rows"]) == 64
     rows = {(r["model"], r["tp"], r["operator"], r.get("experts", r.get("context"))): r for r in document["rows"]}
     flash = rows["mimo-v2.5", 4, "moe", 57]
     assert flash["bytes"] == 57 * 3 * 4096 * 512 * 17 // 32 and flash["floor_us"] == round(flash["bytes"] / 4e6, 2)
@@ -357,6 +357,7 @@ def test_bench_without_a_gpu(capsys):
     assert rows["mimo-v2.5", 4, "linear head bf16", None]["bytes"] == 2 * 38144 * 4096
     # rows, update, weight, and the sum and the norm of it; 18 heads of 192 and two of 128 read and written
     assert rows["mimo-v2.5", 4, "norm of 4 parts", None]["bytes"] == 2 * 4096 * (8 * 7 + 1)
+    assert rows["mimo-v2.5", 4, "norm of 8 experts' parts", None]["bytes"] == 2 * 4096 * (8 * (2 * 8 + 3) + 1)
     assert rows["mimo-v2.5", 4, "heads window", None]["bytes"] == 2 * 2 * 8 * 3712
     assert rows["mimo-v2.5", 8, "router", 256]["bytes"] == 4 * 256 * 4097
     for bad in (["--tp", "3"], ["--tokens", "17"], ["--distinct", "65"]):
