@@ -2,6 +2,7 @@
 
 import pytest
 
+from mimo_runtime.bench import main
 from mimo_runtime.config import BenchConfig
 from mimo_runtime.trace import waits_us
 
@@ -24,4 +25,4 @@ def test_rounds_that_differ_are_refused(kernels, rounds):
 
 def test_graphs_are_asked_for():
     with pytest.raises(ValueError, match="cuda_graphs"):
-        BenchConfig(synthetic="flash", trace="trace.json")
+        main(BenchConfig(synthetic="flash", trace="trace.json"))
