@@ -110,6 +110,18 @@ DEVICE unsigned bf16_pair(float low, float high) {
     return v;
 }
 
+DEVICE float power_of_two(float x) {  // to 2**-22 of it; below 2**-126 it is 0
+    float v;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
+    return v;
+}
+
+DEVICE float reciprocal(float x) {  // to one unit in the last place
+    float v;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
+    return v;
+}
+
 DEVICE unsigned multiply_pairs(unsigned a, unsigned b) {  // of BF16, subnormals kept
     unsigned v;
     asm("mul.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));

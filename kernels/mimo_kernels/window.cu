@@ -84,7 +84,7 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     extern __shared__ uint4 shared[];
     bf16* const v_rows = reinterpret_cast<bf16*>(shared);  // [KEYS][V_STRIDE]
     __shared__ bf16 weights[ROWS * P_STRIDE];
-    __shared__ float tops[WARPS][ROWS];
+    __shared__ float4 tops[ROWS][WARPS / 4];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int group = blockIdx.x % groups, first = blockIdx.x / groups * (ROWS / GROUP), heads = groups * GROUP;
     const int width = (heads + groups) * K + groups * V;
@@ -110,17 +110,38 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
         if (s >= SLOTS || !fresh(s)) copy_async(v_rows + s * V_STRIDE + d, ring_v + min(s, SLOTS - 1) * V + d, s < SLOTS);
     }
     commit_copies();
+    for (int i = tid; i < ROWS * (KEYS - TILES * 8); i += blockDim.x)  // a last half of 16 columns
+        weights[i % ROWS * P_STRIDE + TILES * 8 + i / ROWS] = 0;
+
+    // What positions alone decide: whether row g or g + 8 sees key 2t or 2t + 1 of a tile (bit 4 i + c of `seen`), and
+    // which slots' weights this thread stores (bit 2 i + c of `stored`).
+    const int newest = start > 0 ? (start - 1) % SLOTS : -1;
+    int token[2];
+    unsigned seen = 0, stored = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) token[half] = min(first + (g + half * 8) / GROUP, count - 1);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const bool mine = i == ROUNDS - 1 && has_new;  // the new tokens
+        const int tile = i * WARPS + warp;
+        if (!mine && tile >= TILES) continue;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int n = 2 * t + c % 2, s = tile * 8 + n, query = start + token[c / 2];
+            const int position = mine ? start + n : start - 1 - newest + s - (s > newest ? SLOTS : 0);
+            const bool there = mine ? n < count : s < SLOTS && position >= 0;  // what fresh slots held is outside
+            if (there && position <= query && query - position < window) seen |= 1u << (4 * i + c);
+            if (c < 2 && (mine ? n < count : s >= SLOTS || !fresh(s))) stored |= 1u << (2 * i + c);
+        }
+    }
     wait_for_predecessor();
     let_successor_begin();  // not before: its weights would be in the way of the product that this one waits for
 
     // All loads before the first use: they wait for memory together.
     Angles angles[2], new_angles;
-    int token[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = g + half * 8;
-        token[half] = min(first + row / GROUP, count - 1);
-        q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + row % GROUP) * K, t);
+        q[half].load(qkv + size_t(token[half]) * width + (group * GROUP + (g + half * 8) % GROUP) * K, t);
         angles[half].load(cos + token[half] * HALF, sin + token[half] * HALF, t);
     }
     if (has_new) {
@@ -128,8 +149,9 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
         if (g < count) key[ROUNDS - 1].load(qkv + size_t(g) * width + (heads + group) * K, t);
         else key[ROUNDS - 1].clear();
     }
-    for (int i = tid; i < count * (V / 8); i += blockDim.x) {
-        const int n = i / (V / 8), d = i % (V / 8) * 8;
+    static_assert(TOKENS * (V / 8) <= WARPS * 32, "a thread has 8 values of a token at most");
+    if (tid < count * (V / 8)) {
+        const int n = tid / (V / 8), d = tid % (V / 8) * 8;
         uint4 v = *reinterpret_cast<const uint4*>(qkv + size_t(n) * width + (heads + groups) * K + group * V + d);
         v.x = bf16_pair(low(v.x) * value_scale, high(v.x) * value_scale), v.y = bf16_pair(low(v.y) * value_scale, high(v.y) * value_scale);
         v.z = bf16_pair(low(v.z) * value_scale, high(v.z) * value_scale), v.w = bf16_pair(low(v.w) * value_scale, high(v.w) * value_scale);
@@ -145,29 +167,22 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
             for (int j = 0; j < CHUNKS; j++) *reinterpret_cast<uint4*>(ring_k + slot_of(g) * K + j * 32 + t * 8) = mine.part[j];
     }
 
-    // Logits in units of ln 2, of rows g and g + 8 with keys 2t and 2t + 1 of a tile.
-    const int newest = start > 0 ? (start - 1) % SLOTS : -1;
+    // Logits in units of ln 2.
     const float nothing = __int_as_float(0xFF800000);  // -inf
     float logits[ROUNDS][4], top[2] = {nothing, nothing};
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const bool mine = i == ROUNDS - 1 && has_new;  // the new tokens
-        const int tile = i * WARPS + warp;
-        float4 acc = make_float4(0, 0, 0, 0);
-        if (mine || tile < TILES)
+        float4 acc = make_float4(0, 0, 0, 0), other = acc;
+        if (i * WARPS + warp < TILES || i == ROUNDS - 1 && has_new)
 #pragma unroll
             for (int j = 0; j < CHUNKS; j++) {
                 mma(acc, q[0].part[j].x, q[1].part[j].x, q[0].part[j].y, q[1].part[j].y, key[i].part[j].x, key[i].part[j].y);
-                mma(acc, q[0].part[j].z, q[1].part[j].z, q[0].part[j].w, q[1].part[j].w, key[i].part[j].z, key[i].part[j].w);
+                mma(other, q[0].part[j].z, q[1].part[j].z, q[0].part[j].w, q[1].part[j].w, key[i].part[j].z, key[i].part[j].w);
             }
-        const float products[4] = {acc.x, acc.y, acc.z, acc.w};
+        const float products[4] = {acc.x + other.x, acc.y + other.y, acc.z + other.z, acc.w + other.w};
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int s = tile * 8 + 2 * t + c % 2, query = start + token[c / 2];
-            const int position = mine ? start + 2 * t + c % 2 : start - 1 - newest + s - (s > newest ? SLOTS : 0);
-            const bool there = mine ? 2 * t + c % 2 < count : s < SLOTS && position >= 0;  // what fresh slots held is outside
-            const bool seen = there && position <= query && query - position < window;
-            logits[i][c] = seen ? products[c] * scale : nothing;
+            logits[i][c] = seen >> (4 * i + c) & 1 ? products[c] * scale : nothing;
             top[c / 2] = fmaxf(top[c / 2], logits[i][c]);
         }
     }
@@ -175,34 +190,31 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     for (int half = 0; half < 2; half++) {
         top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
         top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
-        if (t == 0) tops[warp][g + half * 8] = top[half];
+        if (t == 0) reinterpret_cast<float*>(tops[g + half * 8])[warp] = top[half];
     }
     __syncthreads();
     float extra[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; half++) {  // every row sees its own key at least
-        float above = tops[0][g + half * 8];
+        float above = nothing;
 #pragma unroll
-        for (int w = 1; w < WARPS; w++) above = fmaxf(above, tops[w][g + half * 8]);
+        for (int w = 0; w < WARPS / 4; w++) {
+            const float4 v = tops[g + half * 8][w];
+            above = fmaxf(above, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
+        }
         if (SINK) {
             above = fmaxf(above, own_sink[half]);
-            extra[half] = exp2f(own_sink[half] - above);
+            extra[half] = power_of_two(own_sink[half] - above);
         }
+        bf16* const row = weights + (g + half * 8) * P_STRIDE;
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const bool mine = i == ROUNDS - 1 && has_new;
-            const int tile = i * WARPS + warp;
-            if (!mine && tile >= TILES) continue;
+        for (int i = 0; i < ROUNDS; i++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const int s = mine ? slot_of(2 * t + c) : tile * 8 + 2 * t + c;
-                if (mine ? 2 * t + c < count : s >= SLOTS || !fresh(s))
-                    weights[(g + half * 8) * P_STRIDE + s] = bf16_pair(exp2f(logits[i][2 * half + c] - above), 0) & 0xFFFF;
+                const int n = 2 * t + c, s = i == ROUNDS - 1 && has_new ? slot_of(n) : (i * WARPS + warp) * 8 + n;
+                if (stored >> (2 * i + c) & 1) row[s] = bf16_pair(power_of_two(logits[i][2 * half + c] - above), 0) & 0xFFFF;
             }
-        }
     }
-    for (int i = tid; i < ROWS * (KEYS - TILES * 8); i += blockDim.x)  // a last half of 16 columns
-        weights[i % ROWS * P_STRIDE + TILES * 8 + i / ROWS] = 0;
     wait_for_copies<0>();
     __syncthreads();
 
@@ -222,10 +234,10 @@ attend(bf16* out, const bf16* qkv, const bf16* cos, const bf16* sin, bf16* keys,
     for (int half = 0; half < 2; half++) {
         const int row = g + half * 8, to_row = first + row / GROUP;
         if (to_row >= rows) continue;
-        const float total = extra[half] + (half ? sums.z : sums.x);
+        const float share = reciprocal(extra[half] + (half ? sums.z : sums.x));
         unsigned* const to = reinterpret_cast<unsigned*>(out + (size_t(to_row) * heads + group * GROUP + row % GROUP) * V + warp * DIMS + 2 * t);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            to[i * 4] = half ? bf16_pair(acc[i].z / total, acc[i].w / total) : bf16_pair(acc[i].x / total, acc[i].y / total);
+            to[i * 4] = half ? bf16_pair(acc[i].z * share, acc[i].w * share) : bf16_pair(acc[i].x * share, acc[i].y * share);
     }
 }

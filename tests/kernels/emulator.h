@@ -215,6 +215,8 @@ inline unsigned rounded(float f) {  // the bits of the nearest BF16, ties to eve
     return f != f ? 0x7FFF : (v + 0x7FFF + (v >> 16 & 1)) >> 16;
 }
 inline unsigned bf16_pair(float a, float b) { return rounded(b) << 16 | rounded(a); }
+inline float power_of_two(float x) { return std::exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline unsigned multiply_pairs(unsigned a, unsigned b) { return bf16_pair(low(a) * low(b), high(a) * high(b)); }
 inline float element(unsigned pair, int i) { return i ? high(pair) : low(pair); }
 inline void mma(float4& acc, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
