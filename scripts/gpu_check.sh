@@ -4,7 +4,7 @@
 #   tests (kernels, rounds, synthetic models, launch modes) -> kernels against their roofline -> a slice of both published
 #   geometries, one rank's share on one GPU -> contexts of 32K and 256K without their prefill -> 10,000 rounds, memory sampled
 #   -> a release of LOAD_GB (60) GB written to SCRATCH (OUT) and loaded -> the Flash geometry over all GPUs, plain and with a
-#   forced acceptance of 6.3
+#   forced acceptance of 6.3, and ranks compared bit for bit after every round -> from eight GPUs on the same of V2.5-Pro
 #
 # A step runs once: call again to go on where it stopped. Nothing starts after SECONDS. Logs, documents and charts are in OUT;
 # the last lines are a table of what held. No weights are needed: models are synthetic and labelled so.
@@ -49,7 +49,12 @@ tests linear tests/gpu/test_linear_gpu.py &
 tests between tests/gpu/test_residual_gpu.py tests/gpu/test_heads_gpu.py tests/gpu/test_router_gpu.py &
 tests launch-order tests/gpu/test_launch_order_gpu.py &
 tests synthetic tests/gpu/test_synthetic_gpu.py &
+tests small tests/gpu/test_choice_gpu.py tests/gpu/test_rows_gpu.py tests/gpu/test_swiglu_gpu.py tests/gpu/test_moe_pack_gpu.py &
 tests symmetric tests/gpu/test_symmetric_gpu.py &
+for tool in memcheck racecheck; do
+    command -v compute-sanitizer > /dev/null || { echo "sanitize-$tool: no compute-sanitizer here"; continue; }
+    step sanitize-$tool compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 $python scripts/sanitize.py &
+done
 tests distill tests/gpu/test_head_loss_gpu.py tests/gpu/test_distill_gpu.py &
 wait
 for operator in moe prompt attention linear norm heads router layer codec; do kernels $operator; done
@@ -70,9 +75,18 @@ step soak-graphs "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --r
 rm -rf "${SCRATCH:-$out}/load-release" # of a run that was killed
 step load $python scripts/bench_load.py --model flash --gb "${LOAD_GB:-60}" --out "${SCRATCH:-$out}/load-release" --json "$out/load.json"
 if [ "$gpus" -ge 2 ]; then
-    bench "flash-tp$gpus" "$gpus" --synthetic flash
-    bench "flash-tp$gpus-symmetric" "$gpus" --synthetic flash --collectives symmetric
+    step topology nvidia-smi topo -m
+    bench "flash-tp$gpus" "$gpus" --synthetic flash --collectives nccl
+    bench "flash-tp$gpus-symmetric" "$gpus" --synthetic flash --collectives symmetric --trace "$out/flash-tp$gpus-trace.json"
+    step soak-checked "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --rounds 2000 --collectives symmetric
     tests launch tests/gpu/test_launch_gpu.py
+fi
+if [ "$gpus" -ge 8 ]; then # what holds the trillion parameters
+    bench "pro-tp$gpus-symmetric" "$gpus" --synthetic pro --collectives symmetric --trace "$out/pro-tp$gpus-trace.json"
+    for context in 8192 131072; do
+        bench "pro-tp$gpus-context-$context" "$gpus" --synthetic pro --collectives symmetric --context $context --max_len $((context + 256))
+    done
+    step soak-pro-checked "${launch[@]}" scripts/soak.py --synthetic pro --layers 4 --rounds 2000 --collectives symmetric
 fi
 echo
 for file in "$out"/*.done "$out"/*.failed; do

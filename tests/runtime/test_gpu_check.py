@@ -23,7 +23,7 @@ echo "said $2"; case "$*" in *test_linear*) exit 1 ;; esac
     )
     stand_in.chmod(0o755)
     command = ["bash", str(SCRIPTS / "gpu_check.sh"), str(out), "100"]
-    environment = os.environ | {"PYTHON": str(stand_in), "GPUS": "2"}
+    environment = os.environ | {"PYTHON": str(stand_in), "GPUS": "8"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert first.returncode == 1 and "failed test-linear: said pytest" in first.stdout, first.stdout + first.stderr
     seen = [line.split("\x1f")[:-1] for line in calls.read_text().splitlines()]
@@ -33,6 +33,7 @@ echo "said $2"; case "$*" in *test_linear*) exit 1 ;; esac
         if "bench" in call and "mimo_runtime" in call:
             with pytest.raises(SystemExit, match="0"):
                 main(["bench", *call[call.index("bench") + 1 :], "--print_config"])
-    assert "uniform_routing: true" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "uniform_routing: true" in printed and "synthetic: pro" in printed
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1 and len(calls.read_text().splitlines()) == len(seen) + 1  # the failed one alone
