@@ -50,10 +50,10 @@ class Study:
         return bool(wanted and not (self.options.skip and re.search(self.options.skip, name)))
 
     def end(self) -> None:
-        """Prints what was left out; exit code 1 where time was short."""
+        """Prints what was left out; exit code 1 where time was short or a run failed."""
         self.save()
         print(json.dumps({"left_out": self.doc["left_out"], "seconds": round(time.monotonic() - self.began, 1)}))
-        raise SystemExit(int(any("s left" in why for why in self.doc["left_out"].values())))
+        raise SystemExit(int(any("s left" in why or why.startswith("failed") for why in self.doc["left_out"].values())))
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:

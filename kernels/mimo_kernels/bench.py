@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from . import cuda, fp8, linear, linear_cuda, mxfp4, norm_cuda, router_cuda, transcode, window_cuda
+from . import cuda, fp8, linear, linear_cuda, mxfp4, norm_cuda, router_cuda, transcode
 from .moe import MAX_TOKENS, PAGE_K, PackedExperts
 
 H200_COPY = 4280.0  # GB/s read plus written, measured
@@ -42,7 +42,6 @@ COPY_BYTES = 2**30
 CODEC_EXPERTS = 16
 MXFP4_BYTES = 17 / 32  # a weight
 CONTEXTS = (512, 8192, 131072)  # committed rows, in full attention
-LEAST_SLOTS = 2**15  # of a cache: the grid of a short context is that of a long one
 L2_BYTES = 2**26  # at least the second-level cache of an H100 or H200
 ROTATION = 2**30  # bytes that a graph walks through at most, but for two large weights or caches
 OPERATORS = ("moe", "prompt", "attention", "linear", "norm", "heads", "router", "layer", "codec")
@@ -184,7 +183,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Geometry]]:
 
 def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator[Row]:
     """Rows of one geometry at one degree, as they are measured."""
-    from . import bench_moe
+    from . import bench_attention, bench_moe
 
     wanted = {args.only} if args.only else set(OPERATORS)
     base = {"model": g.name, "tp": tp}
@@ -206,7 +205,7 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
     if "attention" in wanted:
         for a in g.attention:
             for context in CONTEXTS if a.window is None else CONTEXTS[1:2]:
-                rows = attention_rows(a.local(tp), context, args.tokens, gpu, args.sweep)
+                rows = bench_attention.attention_rows(a.local(tp), context, args.tokens, gpu, args.sweep)
                 yield from (base | {"context": context} | row for row in rows)
     if "linear" in wanted:
         for name, n, k, is_fp8 in matrices(g, tp):
@@ -216,7 +215,7 @@ def _rows(g: Geometry, tp: int, args: argparse.Namespace, gpu: bool) -> Iterator
         yield from (base | {"rows": g.hidden} | row for row in norm_rows(g, tp, args.tokens, gpu, args.sweep))
     if "heads" in wanted:
         for a in (kind.local(tp) for kind in g.attention):
-            yield base | {"rows": a.qkv_rows} | heads_row(a, args.tokens, gpu)
+            yield base | {"rows": a.qkv_rows} | bench_attention.heads_row(a, args.tokens, gpu)
     if "router" in wanted:
         yield from (base | {"experts": g.experts} | row for row in router_rows(g, args.tokens, gpu, args.sweep))
     if "layer" in wanted and g.attention and not args.sweep:
@@ -313,70 +312,6 @@ def random_weight(n: int, k: int, is_fp8: bool) -> torch.Tensor | linear.Fp8Weig
     return linear.Fp8Weight(codes, torch.rand(-(-n // linear.GROUP_ROWS), k // fp8.BLOCK, device="cuda"))
 
 
-def attention_rows(a: Heads, context: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
-    """Attention of `tokens` rows after `context` others; with `every` all blocks and numbers of splits."""
-    seen = context + tokens if a.window is None else min(context, a.window - 1) + tokens
-    size = 2 * a.kv_heads * seen * (a.k_dim + a.v_dim)
-    label = f"attention {a.name}"
-    if not gpu:
-        return [{"operator": label, "bytes": size}]
-    from . import attention_triton as at
-
-    slots = a.window + tokens if a.window else max(context + tokens, LEAST_SLOTS)
-    q = torch.randn(tokens, a.heads, a.k_dim, device="cuda").bfloat16()
-    keys, values = (
-        torch.empty(copies(size), a.kv_heads, slots, d, dtype=torch.bfloat16, device="cuda").normal_()
-        for d in (a.k_dim, a.v_dim)
-    )
-    start, sink = torch.tensor(context, device="cuda"), torch.zeros(a.heads, device="cuda") if a.window else None
-    configs = [at.config_for(tokens * a.heads // a.kv_heads, a.kv_heads, slots)]
-    if every:
-        splits = (1, 2) if a.window else (64, 128, 256) if context == CONTEXTS[-1] else (configs[0].splits,)
-        configs = [at.Config(*block, n) for block in at.BLOCKS for n in splits]
-    rows: list[Row] = []
-    for config in configs:
-
-        def call(c: int) -> torch.Tensor:
-            here = c % len(keys)
-            kw = {"scale": a.k_dim**-0.5, "window": a.window, "sink": sink, "config": config}  # noqa: B023
-            return at.attention(q, keys[here], values[here], start, **kw)
-
-        block = f" {config.rows}x{config.keys} w{config.warps} s{config.stages} k{config.splits}" if every else ""
-        us = graph_microseconds(call, flush=CALLS * size < L2_BYTES)
-        rows.append({"operator": label + block, "bytes": size, "us": us, "config": asdict(config)})
-    if a.window and not every:
-        rows += projected_rows(a, tokens, (keys, values, start, sink), size)
-    return rows
-
-
-def projected_rows(a: Heads, tokens: int, cache: tuple, size: int) -> list[Row]:
-    """Attention over a window from the projection on: what runs, and rotation and attention as two launches."""
-    from . import attention, heads, window
-
-    keys, values, start, sink = cache
-    qkv = torch.randn(tokens, a.qkv_rows, device="cuda").bfloat16()
-    cos, sin = torch.randn(2, tokens, a.rotated // 2, device="cuda").bfloat16()
-    kw: dict[str, Any] = {"scale": a.k_dim**-0.5, "window": a.window, "sink": sink}
-
-    def one(c: int) -> torch.Tensor:
-        here = keys[c % len(keys)], values[c % len(keys)]
-        return window.attend(qkv, cos, sin, *here, start, count=tokens, value_scale=0.6, **kw)
-
-    def two(c: int) -> torch.Tensor:
-        here = keys[c % len(keys)], values[c % len(keys)]
-        q = heads.split_heads(qkv, cos, sin, *here, start, count=tokens, value_scale=0.6)
-        return attention.attention(q, *here, start, **kw)
-
-    calls = {"attention window of qkv": one}
-    if cuda.usable(qkv.device) and window_cuda.fits(qkv, cos, keys[0], values[0], tokens, a.window or 0):
-        calls["attention window of qkv, Triton"] = two
-    size += 2 * qkv.numel()
-    flush = CALLS * size < L2_BYTES
-    return [
-        {"operator": name, "bytes": size, "us": graph_microseconds(call, flush=flush)} for name, call in calls.items()
-    ]
-
-
 def norm_rows(g: Geometry, tp: int, tokens: int, gpu: bool, every: bool) -> list[Row]:
     """Residual add and norm of `tokens` rows: the update as one sum, as parts of `tp` ranks, as parts of experts."""
     rows: list[Row] = []
@@ -409,24 +344,6 @@ def norm_ways(hidden: int, every: bool) -> list[tuple[str, dict[str, int], Calla
         *((f" c{c}", {"cluster": c}, partial(norm_cuda.add_rms_norm, cluster=c)) for c in clusters),
         *((f" w{w}", {"warps": w}, partial(triton, warps=w)) for w in residual_triton.WARPS),
     ]
-
-
-def heads_row(a: Heads, tokens: int, gpu: bool) -> Row:
-    """Rotation and cache writes of `tokens` rows of one rank."""
-    row: Row = {"operator": f"heads {a.name}", "bytes": 4 * tokens * a.qkv_rows}
-    if gpu:
-        from . import heads_triton
-
-        qkv = torch.randn(tokens, a.qkv_rows, device="cuda").bfloat16()
-        cos, sin = torch.randn(2, tokens, a.rotated // 2, device="cuda").bfloat16()
-        keys, values = (
-            torch.zeros(CALLS, a.kv_heads, 1024, d, dtype=torch.bfloat16, device="cuda") for d in (a.k_dim, a.v_dim)
-        )
-        start = torch.tensor(1020, device="cuda")
-        row["us"] = graph_microseconds(
-            lambda c: heads_triton.split_heads(qkv, cos, sin, keys[c], values[c], start, count=tokens, value_scale=0.6)
-        )
-    return row
 
 
 def router_rows(g: Geometry, tokens: int, gpu: bool, every: bool) -> list[Row]:

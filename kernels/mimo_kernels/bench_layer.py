@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import bench
+from . import bench, bench_attention
 from .moe import PackedExperts
 
 CONTEXT = 8192  # committed rows: the window is full
@@ -27,7 +27,7 @@ def layer_row(g: "bench.Geometry", tp: int, tokens: int, packed: PackedExperts, 
     matrices = (("qkv", window.qkv_rows, g.hidden, True), ("o", g.hidden, window.heads * window.v_dim, False))
     parts = [
         *(bench.linear_rows(name, (n, k), fp8, 0, False)[0] for name, n, k, fp8 in matrices),
-        *bench.attention_rows(window, CONTEXT, tokens, False, False),
+        *bench_attention.attention_rows(window, CONTEXT, tokens, False, False),
         *bench.router_rows(g, tokens, False, False),
     ]
     size = distinct * packed.bytes_per_expert + sum(part["bytes"] for part in parts)

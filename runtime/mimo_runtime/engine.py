@@ -30,14 +30,12 @@ from mimo_qat.models.draft_tree import (
 )
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
+from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
 from mimo_runtime.load import Drafter, LoadConfig, Moe, Target, load_target, tokenizer_size
 from mimo_runtime.load_drafter import load_drafter
 from mimo_runtime.model import (
-    draft_context,
-    draft_forward,
     keep_rows,
     new_caches,
-    new_draft_caches,
     rotations,
     rows_stand_alone,
     target_forward,

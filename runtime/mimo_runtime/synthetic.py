@@ -36,10 +36,11 @@ from mimo_qat.checkpoint.reader import Checkpoint, drafter_folder, read_draft_co
 from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
+from mimo_runtime.draft_model import new_draft_caches
 from mimo_runtime.engine import BLOCK, DTYPES, Engine
 from mimo_runtime.load import Drafter, Layer, LoadConfig, Moe, Target, target_of
 from mimo_runtime.load_drafter import drafter_of
-from mimo_runtime.model import new_caches, new_draft_caches, rotations
+from mimo_runtime.model import new_caches, rotations
 from mimo_runtime.parallel import Alone, Ranks, world
 from mimo_runtime.shards import Shards, head_rows, part
 from mimo_runtime.speculate import gumbel_noise

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mimo_runtime.config import EngineConfig
+from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, Moe, load_target
 from mimo_runtime.load_drafter import load_drafter
-from mimo_runtime.model import draft_context, draft_forward, new_caches, new_draft_caches, target_forward
+from mimo_runtime.model import new_caches, target_forward
 from tests.runtime.conftest import assert_own_tokens, drafter_folder
 
 KINDS = "plain", "kernel"

@@ -10,20 +10,11 @@ import torch
 from mimo_qat.checkpoint.reader import load_model, read_drafter
 from mimo_runtime import load_drafter as load_drafter_module
 from mimo_runtime.cache import LinearCache, RingCache, visible
+from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
 from mimo_runtime.engine import Engine, EngineConfig
 from mimo_runtime.load import LoadConfig, load_target, stop_tokens
 from mimo_runtime.load_drafter import load_drafter
-from mimo_runtime.model import (
-    Rows,
-    draft_context,
-    draft_forward,
-    every_expert,
-    moe_mlp,
-    new_caches,
-    new_draft_caches,
-    route,
-    target_forward,
-)
+from mimo_runtime.model import Rows, every_expert, moe_mlp, new_caches, route, target_forward
 from mimo_runtime.parallel import Ranks
 
 FP32 = LoadConfig("cpu", torch.float32)

@@ -14,9 +14,10 @@ from mimo_qat.models.draft_tree import (
     grow_tree,
 )
 from mimo_runtime.config import EngineConfig, SamplingConfig
+from mimo_runtime.draft_model import block_conv, convolved, draft_forward
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import Conv, LoadConfig, Selector, load_target
-from mimo_runtime.model import block_conv, convolved, draft_forward, keep_rows, new_caches, target_forward, tree_rows
+from mimo_runtime.model import keep_rows, new_caches, target_forward, tree_rows
 from mimo_runtime.rounds import Rounds
 from mimo_runtime.speculate import Sampler, choose, decode, draft_candidates, gumbel_noise
 from tests.runtime.conftest import EVERY_EXPERT, WIDE, assert_trees_round_alone, release_folder
