@@ -33,6 +33,7 @@ from mimo_kernels.moe import Packer
 from mimo_qat.checkpoint.layout import Geometry, TensorSpec, files_of, header_bytes, read_json, target_tensors, totals
 from mimo_qat.checkpoint.writer import PT_METADATA, write_index
 from mimo_qat.provenance import hardware, resident_bytes, versions, write_json
+from mimo_runtime.experts import at_once
 from mimo_runtime.load import LoadConfig, open_shards, target_of
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import ExpertRecord
@@ -105,7 +106,7 @@ def warm(folder: Path, ranks: int, device: str) -> dict[str, float]:
     (torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum().item()
     began, g = time.perf_counter(), Geometry.from_config(read_json(folder / "config.json"))
     record = ExpertRecord(g.hidden_size, g.moe_intermediate_size // ranks)
-    many = max(1, SLOT_BYTES // record.size)
+    many = min(at_once(record), g.n_routed_experts)
     data = torch.zeros(many * record.size, dtype=torch.uint8, device=device)
     matrices, packer = record.gate_up_down(data), Packer(many, record.hidden, record.inter, device)
     packer.put(0, *matrices)

@@ -124,7 +124,7 @@ class TensorFolder:
                     f"{self.folder}: {twice[0]} is in {found[twice[0]].file} and in {file}; "
                     "keep one and write the index again"
                 )
-            if unknown := sorted(header.keys() - weight_map.keys()):
+            if unknown := sorted(n for n in header if n not in weight_map):
                 raise ValueError(
                     f"{self.folder / file} holds {unknown[0]}, which the index does not name; write the index again"
                 )

@@ -103,6 +103,9 @@ class Checkpoint(TensorFolder):
         """A rectangle of a stored matrix, as `raw` gives the whole."""
         return self.raw(name)[rows.start : rows.stop, columns.start : columns.stop]
 
+    def ahead(self, names: Iterable[str]) -> None:
+        """Says that `raw` will be asked for these tensors, once each and all of them on the device's current stream."""
+
     def gather(self, boxes: Iterable[Box], out: torch.Tensor) -> None:
         """The bytes of boxes, one after the other, into uint8 [n], for whoever follows on the device's stream."""
         at = 0

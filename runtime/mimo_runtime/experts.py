@@ -1,8 +1,9 @@
 """Routed experts from files to the packed layout of the kernels, beside all other work of loading.
 
-As many experts as fit a buffer are one job, which threads of the checkpoint do in any order: read the bytes as stored,
-copy them to the device in one piece, and pack them to their places by `mimo_kernels.moe.Packer`. The caller plans the
-jobs, reads the small tensors meanwhile, and waits; nothing waits for the device but the check of the scale bytes.
+Some experts are one job: threads of the checkpoint read their bytes as stored and copy them to the device, a buffer at
+a time and in any order, and whoever brings the last of them has all packed to their places by one call of
+`mimo_kernels.moe.Packer`. The caller plans the jobs, reads the small tensors meanwhile, and waits; nothing waits for
+the device but the check of the scale bytes.
 """
 
 import contextlib
@@ -12,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from mimo_kernels.moe import Matrices, Packer
+from mimo_kernels.moe import Packer
 from mimo_qat.checkpoint.layout import Geometry, read_json
 from mimo_qat.checkpoint.reader import Filling, Job
-from mimo_runtime import staging
 from mimo_runtime.shards import ExpertRecord, Shards
+
+JOB_BYTES = 2**28  # on the device until they are packed, of a few jobs at a time
 
 
 def at_once(record: ExpertRecord) -> int:
     """Experts of a job."""
-    return max(1, staging.SLOT_BYTES // record.size)
+    return max(1, JOB_BYTES // record.size)
 
 
 def compile_ahead(folder: Path, ranks: int, device: str) -> None:
@@ -52,14 +54,14 @@ class Filler:
         self.shards = shards
         self.packers: dict[int, Packer] = {}
         self._running: dict[int, Filling] = {}
-        self._views: dict[tuple[int, int], list[Matrices]] = {}  # of the few buffers that there are
 
     def add(self, layer: int, packer: Packer) -> None:
         """Begins to fill `packer`."""
         self.packers[layer] = packer
         with self.shards.timed("plan"):
-            count, many = len(packer.packed.down), at_once(self.shards.expert_record())
-            groups = [range(first, min(count, first + many)) for first in range(0, count, many)]
+            count = len(packer.packed.down)
+            parts = -(-count // at_once(self.shards.expert_record()))
+            groups = [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
             self._running[layer] = self.shards.checkpoint.hand([self._job(layer, experts) for experts in groups])
 
     def _job(self, layer: int, experts: range) -> Job:
@@ -67,10 +69,7 @@ class Filler:
         packer, record = self.packers[layer], self.shards.expert_record()
 
         def put(data: torch.Tensor) -> None:
-            key = data.data_ptr(), len(data)
-            if key not in self._views:
-                self._views[key] = record.gate_up_down(data)
-            packer.put(experts.start, *self._views[key])
+            packer.put(experts.start, *record.gate_up_down(data))
 
         def convert(_: torch.Tensor) -> None:
             packer.put(experts.start, *record.gate_up_down(self.shards.expert_bytes(boxes)))

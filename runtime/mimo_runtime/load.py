@@ -303,6 +303,11 @@ def open_shards(folder: str | Path, cfg: LoadConfig) -> Shards:
     return Shards(checkpoint, cfg.ranks)
 
 
+# Of a layer, what every rank holds whole.
+_SMALL = ["input_layernorm", "post_attention_layernorm", "self_attn.attention_sink_bias"]
+_SMALL += ["mlp.gate", "mlp.gate.e_score_correction_bias"]
+
+
 def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) -> Target:
     """A rank's target of the tensors that `shards` gives."""
     g = shards.checkpoint.geometry
@@ -314,6 +319,7 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     head = cfg.weight(embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg))
     bar.advance(embed, None if g.tie_word_embeddings else head)
     norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
+    shards.ahead(f"model.layers.{i}.{name}" for i in range(g.num_hidden_layers) for name in _SMALL)
     layers: list[Layer] = []
     for i in range(g.num_hidden_layers):
         layers.append(_target_layer(shards, g, i, cfg, filler.packers))

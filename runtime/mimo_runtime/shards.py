@@ -135,6 +135,8 @@ class Shards:
         self.checkpoint, self.ranks = checkpoint, ranks
         self.boxes: dict[str, list[tuple[range, range]]] = {}
         self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+        # Rows of scales for the rows of a matrix. Layers repeat, and for new ones a GPU ends its copies first.
+        self._kinds: dict[tuple, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -146,6 +148,11 @@ class Shards:
     def _raw(self, name: str, rows: range, columns: range) -> torch.Tensor:
         self.boxes.setdefault(name, []).append((rows, columns))
         return self.checkpoint.box(name, rows, columns)
+
+    def ahead(self, bases: Iterable[str]) -> None:
+        """Reads what `whole` will be asked for, of these names those that there are, together."""
+        names = (base + end for base in bases for end in ("", ".weight"))
+        self.checkpoint.ahead(n for n in names if n in self.checkpoint)
 
     def whole(self, base: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor that every rank holds."""
@@ -206,9 +213,12 @@ class Shards:
         codes = self._below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
         found = [self._scale_box(*box) for box in boxes]
         scales = self._below([box for box, _ in found])
-        starts = itertools.accumulate((len(box[1]) for box, _ in found), initial=0)
-        tile = torch.cat([start + tile for start, (_, tile) in zip(starts, found, strict=False)])
-        return codes, scales[tile.to(scales.device)]
+        kind = tuple((rows, self.checkpoint.chunk_rows(base)) for base, rows, _ in boxes)
+        if kind not in self._kinds:
+            starts = itertools.accumulate((len(box[1]) for box, _ in found), initial=0)
+            tile = torch.cat([start + tile for start, (_, tile) in zip(starts, found, strict=False)])
+            self._kinds[kind] = tile.to(scales.device)
+        return codes, scales[self._kinds[kind]]
 
     def _below(self, boxes: list[Box]) -> torch.Tensor:
         """Boxes of one dtype and of as many columns, one below the other."""

@@ -5,15 +5,17 @@ buffer of the driver. Here threads read plainly. For a GPU they read into pinned
 and gives back as soon as its one copy is under way; the buffer taken is the one whose copy began first.
 
 `gather` copies in the order of the stream that asked for it, so what follows on that stream needs no wait. What `hand`
-reads goes through a buffer on the device to whoever rearranges it, all on the reading thread and on a stream of the
-buffer's own: then the caller is free for other work, and copies do not wait for kernels.
+reads meets on the device, where it is used when the last part of it is on its way. All its copies are on one stream,
+which runs them back to back, and all its uses on another: the caller is free for other work, and copies do not wait for
+kernels. A buffer on the device belongs to the stream of the copies and goes back to torch's allocator with a mark of
+the stream of its use, so it is filled again when it was used.
 
 Python runs one thread at a time, and each call that lets go of it waits in a queue to get it back. A release holds
 26,000 tensors, so the unit of work is not a tensor but a buffer: what lies side by side in a file is read by one call,
-and what goes side by side is copied by one.
+what goes side by side is copied by one, and what a kernel takes is several copies.
 """
 
-import contextlib
+import itertools
 import os
 import threading
 import time
@@ -72,7 +74,7 @@ class Times:
     copying: float = 0.0
     """asking for copies"""
     using: float = 0.0
-    """in what `hand` calls: on a GPU, asking for what packs experts"""
+    """in what `hand` calls: on a GPU, asking for what packs experts, and for memory before"""
     waiting: float = 0.0
     """of the caller, until what it asked for was read"""
     reads: int = 0
@@ -89,12 +91,10 @@ def _nothing() -> torch.Tensor:
 
 @dataclass
 class _Slot:
-    """A pinned buffer, and the event after what last read it; for `hand`, its equal on the device and their stream."""
+    """A pinned buffer, and the event after what last read it."""
 
     buffer: torch.Tensor = field(default_factory=_nothing)
     event: torch.cuda.Event | None = None
-    twin: torch.Tensor = field(default_factory=_nothing)
-    stream: torch.cuda.Stream | None = None
 
     def ready(self, size: int) -> torch.Tensor:
         """The buffer, at least `size` bytes of it, when nothing reads it any more."""
@@ -106,44 +106,78 @@ class _Slot:
             self.buffer = torch.empty(max(size, SLOT_BYTES), dtype=torch.uint8, pin_memory=True)
         return self.buffer
 
-    def beside(self, device: torch.device) -> torch.Tensor:
-        """The twin of the buffer, on the current stream."""
-        if len(self.twin) < len(self.buffer):
-            self.twin = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
-        return self.twin
+
+@dataclass
+class _Landing:
+    """Where `left` tasks bring their parts, `out` or memory of `size` bytes on `device` that the first copy makes; the
+    last one has `use` called with it. A GPU copies on `stream` and uses on `used`."""
+
+    device: torch.device
+    stream: torch.cuda.Stream | None
+    size: int
+    out: torch.Tensor | None = None
+    use: Callable[[torch.Tensor], None] | None = None
+    used: torch.cuda.Stream | None = None
+    left: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def part(self, at: int, size: int) -> torch.Tensor:
+        """Bytes `at` to `at + size`; new memory belongs to the current stream."""
+        with self.lock:
+            if self.out is None:
+                self.out = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            return self.out[at : at + size]
+
+    def arrived(self) -> None:
+        """Uses it if the part that was asked for was the last one."""
+        with self.lock:
+            self.left -= 1
+            if self.left or self.use is None:
+                return
+        data, self.out = self.out, None
+        assert data is not None
+        if self.used is None:
+            self.use(data)
+            return
+        assert self.stream is not None
+        with torch.cuda.stream(self.used):
+            self.used.wait_stream(self.stream)
+            data.record_stream(self.used)  # freed soon, filled again only after its use
+            self.use(data)
 
 
-class _Readers:
-    """Threads and their pinned buffers, which are made when they are first needed, or by `pin` before."""
+class _Slots:
+    """Pinned buffers, which are made when they are first needed, or by `pin` before."""
 
-    def __init__(self, threads: int, device: torch.device):
-        self.threads, self.device = threads, device
-        self.pool = ThreadPoolExecutor(threads, "read")
-        self.slots = [_Slot() for _ in range(int(_SLOTS_A_THREAD * threads) + 1)]
+    def __init__(self, count: int, device: torch.device):
+        self.count, self.device = count, device
         self.free: SimpleQueue[_Slot] = SimpleQueue()
-        for slot in self.slots:
-            self.free.put(slot)
+        for _ in range(count):
+            self.free.put(_Slot())
 
-    def pin(self) -> list[Future[Times]]:
-        """Begins to make the buffers. The queue's order gives each task another one."""
-        return [self.pool.submit(self._pin) for _ in self.slots]
-
-    def _pin(self) -> Times:
-        slot, began = self.free.get(), time.perf_counter()
+    def pin(self) -> Times:
+        """Makes them one after the other, as a driver does it anyway; whoever takes one that is not made yet makes
+        it."""
+        began = time.perf_counter()
         with torch.cuda.device(self.device):  # other threads have another current device
-            slot.ready(SLOT_BYTES)
-        self.free.put(slot)
+            for _ in range(self.count):
+                slot = self.free.get()
+                slot.ready(SLOT_BYTES)
+                self.free.put(slot)
         return Times(pinning=time.perf_counter() - began)
-
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
 
 class _Reading(Filling):
-    """Tasks of `readers`; their streams come before what follows on `stream`."""
+    """Tasks; `used`, a stream, comes before what follows on `stream`."""
 
-    def __init__(self, tasks: list[Future[Times]], times: Times, readers: _Readers, stream: torch.cuda.Stream | None):
-        self.tasks, self.times, self.readers, self.stream = tasks, times, readers, stream
+    def __init__(
+        self,
+        tasks: list[Future[Times]],
+        times: Times,
+        stream: torch.cuda.Stream | None = None,
+        used: torch.cuda.Stream | None = None,
+    ):
+        self.tasks, self.times, self.stream, self.used = tasks, times, stream, used
 
     def wait(self) -> None:
         began = time.perf_counter()
@@ -153,9 +187,8 @@ class _Reading(Filling):
         finally:  # after an error nobody waits for what was not begun
             for task in self.tasks:
                 task.cancel()
-        for slot in self.readers.slots:
-            if self.stream is not None and slot.stream is not None:
-                self.stream.wait_stream(slot.stream)
+        if self.stream is not None and self.used is not None:
+            self.stream.wait_stream(self.used)
         self.times.waiting += time.perf_counter() - began
 
 
@@ -169,10 +202,16 @@ class StagedCheckpoint(Checkpoint):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.times = Times()
         self._buffers = threading.local()
+        self._ahead: dict[str, torch.Tensor] = {}  # bytes that `raw` will be asked for
         threads = reading_threads()
-        self._handing = _Readers(threads, self.device)
-        self._gathering = _Readers(max(1, threads // 4), self.device)  # never queues behind what takes long
-        self._pins = self._handing.pin() if self.device.type == "cuda" else []  # meanwhile the headers are proved
+        self._parts = max(1, threads // 4)
+        self._handing = ThreadPoolExecutor(threads, "read")
+        self._gathering = ThreadPoolExecutor(self._parts, "gather")  # never queues behind what takes long
+        self._slots = _Slots(int(_SLOTS_A_THREAD * threads) + 1, self.device)
+        self._copies: torch.cuda.Stream | None = None  # of what `hand` reads, and where it is used
+        self._uses: torch.cuda.Stream | None = None
+        # Meanwhile the headers are proved.
+        self._pins = [self._handing.submit(self._slots.pin)] if self.device.type == "cuda" else []
         try:
             super().__init__(folder)
         except BaseException:
@@ -180,10 +219,22 @@ class StagedCheckpoint(Checkpoint):
             raise
 
     def raw(self, name: str) -> torch.Tensor:
+        spec = self.spec(name)
+        if name in self._ahead:  # a copy is aligned, and leaves nothing of its neighbours in memory
+            return self._ahead.pop(name).clone().view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        return self.box(*self._whole(name)).view(spec.shape)
+
+    def ahead(self, names: Iterable[str]) -> None:
+        ordered = sorted(names, key=lambda n: (self.spec(n).file, self._offsets[n]))
+        sizes = [self.spec(n).nbytes for n in ordered]
+        out = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        self.gather(map(self._whole, ordered), out)
+        self._ahead |= zip(ordered, out.split(sizes), strict=True)
+
+    def _whole(self, name: str) -> Box:
         shape = self.spec(name).shape
         columns = shape[-1] if shape else 1
-        rows = torch.Size(shape).numel() // max(columns, 1)
-        return self.box(name, range(rows), range(columns)).view(shape)
+        return name, range(torch.Size(shape).numel() // max(columns, 1)), range(columns)
 
     def box(self, name: str, rows: range, columns: range) -> torch.Tensor:
         dtype = TORCH_DTYPES[self.spec(name).dtype]
@@ -193,30 +244,42 @@ class StagedCheckpoint(Checkpoint):
         return out
 
     def gather(self, boxes: Iterable[Box], out: torch.Tensor) -> None:
-        readers, stream = self._gathering, self._stream()
-        most = min(SLOT_BYTES, max(LEAST_BYTES, -(-len(out) // readers.threads)))  # a part for every thread
-        tasks, at = [], 0
-        for pieces in _filled(self._pieces(boxes), most):
-            size = sum(p.size for p in pieces)
-            tasks.append(readers.pool.submit(self._take, pieces, out[at : at + size], stream))
-            at += size
-        assert at == len(out) and out.dtype == torch.uint8
-        _Reading(tasks, self.times, readers, stream).wait()
+        assert out.dtype == torch.uint8
+        most = min(SLOT_BYTES, max(LEAST_BYTES, -(-len(out) // self._parts)))  # a part for every thread
+        landing = _Landing(self.device, self._stream(), len(out), out)
+        _Reading(self._begin(self._gathering, landing, boxes, most), self.times).wait()
 
     def hand(self, jobs: Sequence[Job]) -> Filling:
-        readers, stream = self._handing, self._stream()
-        begin = None if stream is None else stream.record_event()
-        tasks = [readers.pool.submit(self._hand, [*self._pieces(boxes)], size, use, begin) for boxes, size, use in jobs]
-        pins, self._pins = self._pins, []
-        return _Reading(pins + tasks, self.times, readers, stream)
+        stream, tasks, self._pins = self._stream(), self._pins, []
+        if stream is not None:
+            self._copies = self._copies or torch.cuda.Stream(self.device)
+            self._uses = self._uses or torch.cuda.Stream(self.device)
+            self._copies.wait_stream(stream)
+        for boxes, size, use in jobs:
+            landing = _Landing(self.device, self._copies, size, use=use, used=self._uses)
+            tasks += self._begin(self._handing, landing, boxes, SLOT_BYTES)
+        return _Reading(tasks, self.times, stream, self._uses)
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, landing: _Landing, boxes: Iterable[Box], most: int
+    ) -> list[Future[Times]]:
+        """Tasks that bring the bytes of boxes, one box after the other, up to `most` bytes each."""
+        groups = [*_filled(self._pieces(boxes), most)] or [[]]
+        starts = [*itertools.accumulate((sum(p.size for p in pieces) for pieces in groups), initial=0)]
+        assert starts.pop() == landing.size
+        landing.left = len(groups)
+        return [pool.submit(self._take, pieces, landing, at) for pieces, at in zip(groups, starts, strict=True)]
 
     def close(self) -> None:
         self._end()
+        self._ahead.clear()
         super().close()
 
     def _end(self) -> None:
-        self._handing.close()
-        self._gathering.close()
+        for pool in (self._handing, self._gathering):
+            pool.shutdown(cancel_futures=True)
+        if self._uses is not None:  # also after an error nobody gets memory that is still written
+            torch.cuda.current_stream(self.device).wait_stream(self._uses)
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -245,56 +308,34 @@ class StagedCheckpoint(Checkpoint):
             yield Piece(file, begin, 1, end - begin, 0, end - begin)
 
     @torch.inference_mode()  # which threads do not inherit: `out` may have been made in it, and may be written in it
-    def _take(self, pieces: list[Piece], out: torch.Tensor, stream: torch.cuda.Stream | None) -> Times:
-        """Reads pieces one after the other into `out`; for a GPU into a buffer first, and enqueues its copy."""
-        if stream is None:
-            return self._read_pieces(pieces, out)
-        with self._slot(self._gathering, len(out), stream) as (slot, times):
-            times.add(self._read_pieces(pieces, slot.buffer[: len(out)]))
-            began = time.perf_counter()
-            out.copy_(slot.buffer[: len(out)], non_blocking=True)
-            times.copying = time.perf_counter() - began
-        return times
-
-    @torch.inference_mode()
-    def _hand(
-        self, pieces: list[Piece], size: int, use: Callable[[torch.Tensor], None], begin: torch.cuda.Event | None
-    ) -> Times:
-        """Reads pieces into a buffer on the device, and calls `use` with it; for a GPU on a stream after `begin`."""
-        if begin is None:
-            data = self._scratch("data", size)
-            times = self._read_pieces(pieces, data)
-            use(data)
-            return times
-        with self._slot(self._handing, size) as (slot, times):
-            times.add(self._read_pieces(pieces, slot.buffer[:size]))
-            began = time.perf_counter()
-            assert slot.stream is not None
-            slot.stream.wait_event(begin)
-            data = slot.beside(self.device)[:size]
-            data.copy_(slot.buffer[:size], non_blocking=True)
-            times.copying = time.perf_counter() - began
-            use(data)
-            times.using = time.perf_counter() - began - times.copying
-        return times
-
-    @contextlib.contextmanager
-    def _slot(
-        self, readers: _Readers, size: int, stream: torch.cuda.Stream | None = None
-    ) -> Iterator[tuple[_Slot, Times]]:
-        """A buffer of `size` bytes that nothing reads, on `stream` or the slot's own, and how long that took."""
+    def _take(self, pieces: list[Piece], landing: _Landing, at: int) -> Times:
+        """Reads pieces one after the other to their place; for a GPU into a buffer first, and enqueues its copy."""
+        size = sum(p.size for p in pieces)
+        if landing.stream is None:
+            times = self._read_pieces(pieces, landing.part(at, size))
+        else:
+            times = self._stage(pieces, size, landing, at)
         began = time.perf_counter()
-        slot = readers.free.get()
+        landing.arrived()
+        times.using = time.perf_counter() - began
+        return times
+
+    def _stage(self, pieces: list[Piece], size: int, landing: _Landing, at: int) -> Times:
+        began = time.perf_counter()
+        slot = self._slots.free.get()
         try:
-            if stream is None:
-                slot.stream = stream = slot.stream or torch.cuda.Stream(self.device)
-            with torch.cuda.stream(stream):  # and its device, which pinned memory belongs to as well
-                slot.ready(size)
-                yield slot, Times(slots=time.perf_counter() - began)
+            with torch.cuda.stream(landing.stream):  # and its device, which pinned memory belongs to as well
+                staged = slot.ready(size)[:size]
+                slots = time.perf_counter() - began
+                times = self._read_pieces(pieces, staged)
+                began = time.perf_counter()
+                landing.part(at, size).copy_(staged, non_blocking=True)
                 assert slot.event is not None
-                slot.event.record(stream)
+                slot.event.record(landing.stream)
+                times.slots, times.copying = slots, time.perf_counter() - began
         finally:
-            readers.free.put(slot)
+            self._slots.free.put(slot)
+        return times
 
     def _read_pieces(self, pieces: list[Piece], out: torch.Tensor) -> Times:
         began, at = time.perf_counter(), 0

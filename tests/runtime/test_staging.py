@@ -25,32 +25,93 @@ from tests.runtime.conftest import WIDE
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["cpu", "buffers"])
-def staged(request, release, monkeypatch):
-    """A reader with buffers of 1000 bytes; "buffers" takes the way of a GPU, whose events and streams are stand-ins."""
-    monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
-    reader = StagedCheckpoint(release, "cpu")
-    if request.param == "buffers":
-        empty, take, waits = torch.empty, reader._take, []
+class LazyStream:
+    """A stand-in for a CUDA stream that does what it was asked for as late as it may: when someone waits for it."""
 
-        class Event:
-            def __init__(self, blocking: bool):
-                self.recorded = False
+    turn = threading.RLock()
 
-            def synchronize(self):
-                assert self.recorded
-                waits.append(self)
+    def __init__(self, device=None):
+        self.asked, self.done = [], 0
 
-            def record(self, stream):
-                self.recorded = True
+    def ask(self, work):
+        self.asked.append(work)
 
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    def run(self, count):
+        with self.turn:
+            while self.done < count:
+                self.done += 1
+                self.asked[self.done - 1]()
+
+    def synchronize(self):
+        self.run(len(self.asked))
+
+    def wait_stream(self, other):
+        count = len(other.asked)
+        self.ask(lambda: other.run(count))
+
+
+class LazyEvent:
+    def __init__(self, blocking=False):
+        self.wait = None
+
+    def record(self, stream):
+        count = len(stream.asked)
+        self.wait = lambda: stream.run(count)
+
+    def synchronize(self):
+        self.wait()
+
+
+class LazyGpu:
+    """Streams, events and copies of `torch.cuda` as stand-ins; `recorded` counts tensors that a stream was recorded
+    for. Memory of the CPU is the device's, and no memory is used again while someone holds it."""
+
+    def __init__(self, monkeypatch):
+        self.main, self.threads, self.recorded = LazyStream(), threading.local(), 0
+        empty, copy = torch.empty, torch.Tensor.copy_
+
+        def copy_later(out, source, non_blocking=False):
+            if non_blocking:
+                self.current().ask(torch.inference_mode()(lambda: copy(out, source)))
+            else:
+                copy(out, source)
+
+        def record(tensor, stream):
+            assert stream is self.current() is not self.main
+            self.recorded += 1
+
+        for name, stand_in in (("Stream", LazyStream), ("Event", LazyEvent), ("stream", self.stream)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current)
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_later)
+        monkeypatch.setattr(torch.Tensor, "record_stream", record)
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
-        reader._take = lambda pieces, out, stream: take(pieces, out, "a stream")
-    yield reader
+
+    def current(self, device=None):
+        return getattr(self.threads, "stream", self.main)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.threads.stream = self.current(), stream
+        yield
+        self.threads.stream = before
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def staged(request, release, monkeypatch):
+    """(a reader with buffers of 1000 bytes, the stand-ins by which it takes the way of a GPU or None)."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
+    reader, gpu = StagedCheckpoint(release, "cpu"), None
+    if request.param == "gpu":
+        gpu = LazyGpu(monkeypatch)
+        monkeypatch.setattr(reader, "_stream", gpu.current)
+    yield reader, gpu
     reader.close()
-    assert request.param == "cpu" or waits  # buffers were used again
+
+
+def arrived(gpu) -> None:
+    if gpu is not None:
+        gpu.main.synchronize()
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -59,97 +120,94 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def test_every_tensor_has_the_bytes_of_the_file(staged, release):
-    mapped = Checkpoint(release)
+    (reader, gpu), mapped, found = staged, Checkpoint(release), []
     for name in mapped.names:
-        assert same(staged.raw(name), mapped.raw(name)), name
+        found.append((name, reader.raw(name), mapped.raw(name)))
         shape = mapped.spec(name).shape
         if len(shape) == 2:
             rows, columns = (range(n // 3, max(n // 3 + 1, 2 * n // 3)) for n in shape)
-            assert same(staged.box(name, rows, columns), mapped.box(name, rows, columns)), name
-            assert same(staged.box(name, rows, range(shape[1])), mapped.box(name, rows, range(shape[1]))), name
-    assert staged.box(name, range(0), range(0)).numel() == 0
+            for box in ((rows, columns), (rows, range(shape[1]))):
+                found.append((name, reader.box(name, *box), mapped.box(name, *box)))
+    arrived(gpu)
+    for name, got, expected in found:
+        assert same(got, expected), name
+    assert reader.box(name, range(0), range(0)).numel() == 0
 
 
 def test_many_boxes_at_once(staged, release):
     """In any order, whole and cut, side by side."""
-    mapped = Checkpoint(release)
+    (reader, gpu), mapped = staged, Checkpoint(release)
     names = [n for n in mapped.names if n.endswith("down_proj.weight") and ".experts." in n]
     rows, columns = mapped.spec(names[0]).shape
     boxes = [(n, range(rows), range(columns // 2 * (i % 2), columns)) for i, n in enumerate(names[::-1])]
     expected = torch.cat([mapped.box(*box).contiguous().flatten() for box in boxes])
     out = torch.zeros(len(expected) + 2, dtype=torch.uint8)
-    staged.gather(boxes, out[1:-1])
+    reader.gather(boxes, out[1:-1])
+    arrived(gpu)
     assert torch.equal(out[1:-1], expected) and out[0] == out[-1] == 0
     mapped.gather(boxes, out[1:-1])
     assert torch.equal(out[1:-1], expected)
 
 
-@pytest.fixture(params=["cpu", "streams"])
-def handing(request, release, monkeypatch):
-    """A reader whose `hand` runs as it is, or takes the way of a GPU with stand-ins that note what waits for what."""
-    reader, noted = StagedCheckpoint(release, "cpu"), []
-    if request.param == "streams":
-        empty = torch.empty
-
-        class Event:
-            def __init__(self, blocking=False):
-                self.recorded = False
-
-            def synchronize(self):
-                assert self.recorded
-                noted.append("buffer")
-
-            def record(self, stream):
-                self.recorded = True
-
-        class Stream:
-            def __init__(self, device=None):
-                self.waited = set()
-
-            def record_event(self):
-                return Event()
-
-            def wait_event(self, event):
-                noted.append("begin")
-
-            def wait_stream(self, stream):
-                noted.append(stream)
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
-        monkeypatch.setattr(reader, "_stream", Stream)
-    yield reader, noted
+def test_what_is_read_ahead_is_given_once_and_aligned(release):
+    """In whatever order it is asked for; then files are read again."""
+    reader, mapped = StagedCheckpoint(release, "cpu"), Checkpoint(release)
+    names = [n for n in mapped.names if len(mapped.spec(n).shape) == 1 or n.endswith("mlp.gate.weight")]
+    reader.ahead(iter(names))
+    reader.ahead([])
+    reads = reader.times.reads
+    assert 0 < reads < len(names)
+    for name in names[::-1]:
+        found = reader.raw(name)
+        assert same(found, mapped.raw(name)) and found.storage_offset() == 0, name
+    assert reader.times.reads == reads
+    assert same(reader.raw(names[0]), mapped.raw(names[0])) and reader.times.reads > reads
     reader.close()
 
 
 def jobs_of(names, mapped, use):
-    return [((box,), mapped.spec(box[0]).nbytes, lambda data, n=box[0]: use(n, data)) for box in names]
+    """Jobs of three experts' tensors each."""
+    some = [names[i : i + 9] for i in range(0, len(names), 9)]
+    sizes = [sum(mapped.spec(n).nbytes for n in job) for job in some]
+    boxes = ([(n, *map(range, mapped.spec(n).shape)) for n in job] for job in some)
+    return [(b, size, lambda data, job=job: use(job, data)) for b, size, job in zip(boxes, sizes, some, strict=True)]
 
 
-def test_what_is_handed_over_has_the_bytes_of_the_file(handing, release):
-    """On threads, whose buffers are used again; nothing is kept."""
-    (reader, noted), mapped, found = handing, Checkpoint(release), {}
-    boxes = [(n, *map(range, mapped.spec(n).shape)) for n in mapped.names if ".experts." in n]
-    reader.hand(jobs_of(boxes, mapped, lambda name, data: found.update({name: data.clone()}))).wait()
-    assert found.keys() == {box[0] for box in boxes}
-    for name, data in found.items():
-        assert torch.equal(data, mapped.raw(name).view(torch.uint8).flatten()), name
-    assert not noted or noted.count("begin") == len(boxes)  # after what was asked for before
-    used = [slot.stream for slot in reader._handing.slots if slot.stream]
-    assert [x for x in noted if not isinstance(x, str)] == used  # before what is asked for after
-    assert not used or noted.count("buffer") == len(boxes) - len(used)
+def test_what_is_handed_over_has_the_bytes_of_the_file(staged, release):
+    """On threads, whose buffers are used again; after what was asked for before, before what is asked for after; and
+    the memory is marked."""
+    (reader, gpu), mapped, found = staged, Checkpoint(release), {}
+    names = [n for n in mapped.names if ".experts." in n]
+
+    def use(job, data):
+        assert gpu is None or "begun" in found
+        found[job[0]] = torch.cat([mapped.raw(n).view(torch.uint8).flatten() for n in job]), data.clone()
+
+    def asked(job, data):
+        return use(job, data) if gpu is None else gpu.current().ask(lambda: use(job, data))
+
+    if gpu is not None:
+        gpu.main.ask(lambda: found.update(begun=None))
+    jobs = jobs_of(names, mapped, asked)
+    reader.hand(jobs[:5]).wait()
+    if gpu is not None:
+        reader._uses.synchronize()
+    reader.hand(jobs[5:]).wait()
+    assert gpu is None or (gpu.main.done < len(gpu.main.asked) and gpu.recorded == len(jobs))  # nobody waited
+    arrived(gpu)
+    found.pop("begun", None)
+    assert len(found) == len(jobs) > 5
+    for first, (expected, data) in found.items():
+        assert torch.equal(data, expected), first
 
 
-def test_what_fails_for_whom_bytes_are_handed_is_told(handing, release):
-    def fail(name, data):
-        raise ValueError(f"no place for {name}")
+def test_what_fails_for_whom_bytes_are_handed_is_told(staged, release):
+    def fail(job, data):
+        raise ValueError(f"no place for {job[0]}")
 
-    reader, mapped = handing[0], Checkpoint(release)
-    boxes = [(n, *map(range, mapped.spec(n).shape)) for n in mapped.names if ".experts." in n]
+    reader, mapped = staged[0], Checkpoint(release)
     with pytest.raises(ValueError, match="no place for model"):
-        reader.hand(jobs_of(boxes, mapped, fail)).wait()
+        reader.hand(jobs_of([n for n in mapped.names if ".experts." in n], mapped, fail)).wait()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu])
