@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimo_qat.checkpoint.reader import Checkpoint
-from mimo_runtime import staging
+from mimo_runtime import experts, staging
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, load_target
@@ -44,11 +44,34 @@ def test_what_threads_read_has_the_bytes_of_the_files(release, monkeypatch, slot
         assert torch.equal(tensor.cpu().view(torch.uint8), expected.view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("slot", [1000, 2**24])
+def test_what_is_handed_over_has_the_bytes_of_the_files(release, monkeypatch):
+    """In many copies a job, whose memory is used again while slow uses wait, many times over."""
+    monkeypatch.setattr(staging, "SLOT_BYTES", 1000)
+    mapped, reader = Checkpoint(release), staging.StagedCheckpoint(release, "cuda")
+    names, busy = [n for n in mapped.names if ".experts." in n], torch.ones(2048, 2048, device="cuda")
+    found = {(turn, n): torch.zeros(mapped.spec(n).nbytes, dtype=torch.uint8, device="cuda")
+             for turn in range(8) for n in names}  # fmt: skip
+
+    def use(key, data):
+        for _ in range(4):
+            busy @ busy
+        found[key].copy_(data)
+
+    jobs = [([(n, *map(range, mapped.spec(n).shape))], len(out), lambda data, key=(turn, n): use(key, data))
+            for (turn, n), out in found.items()]  # fmt: skip
+    reader.hand(jobs).wait()
+    got = {key: tensor.clone() for key, tensor in found.items()}  # on this stream, after all uses
+    reader.close()
+    for (turn, name), tensor in got.items():
+        assert torch.equal(tensor.cpu(), mapped.raw(name).view(torch.uint8).flatten()), (turn, name)
+
+
+@pytest.mark.parametrize(("slot", "job"), [(1000, 1), (1000, 2**28), (2**24, 2**28)])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_loaded_share_has_the_bits_of_the_cpu(release, monkeypatch, slot, size):
-    """Packed experts, FP8 codes and values; buffers of an expert, used again many times, and of many."""
+def test_a_loaded_share_has_the_bits_of_the_cpu(release, monkeypatch, slot, job, size):
+    """Packed experts, FP8 codes and values; small buffers, used again many times, jobs of an expert and of many."""
     monkeypatch.setattr(staging, "SLOT_BYTES", slot)
+    monkeypatch.setattr(experts, "JOB_BYTES", job)
     loaded = (
         load_target(release, LoadConfig(device, experts="packed", linears="kernel", ranks=Ranks(size - 1, size)))
         for device in ("cuda", "cpu")
