@@ -132,8 +132,9 @@ lane_b() { # GPU
         --output "$work/packed.safetensors"
     prompts
     await teacher || return
-    qad_study qad-long $1 --arms "^qad long$|$others" || return
+    qad_study qad-long $1 --arms '^qad long$' || return
     [ "$gpus" -lt 2 ] || answer $1 1
+    qad_study qad-others $1 --arms "$others"
     await answers-0 code-prompts || return
     drafter_study drafter-best $1 --arms '^best b16'
     release best "$work/drafter-best/best-b16/dflash" $1
@@ -149,7 +150,7 @@ lane_b() { # GPU
 lane_a 0 &
 lane_b $((gpus > 1)) &
 wait
-all="upcycle pack prompts teacher qad-main qad-long answers-0 code-prompts drafter-plain drafter-best release-plain bench-plain
+all="upcycle pack prompts teacher qad-main qad-long qad-others answers-0 code-prompts drafter-plain drafter-best release-plain bench-plain
     release-best bench-best generate lossless drafter-short-b8 drafter-short-b16 parity modelopt peers qad-times"
 [ "$gpus" -lt 2 ] || all+=" answers-1"
 missing=$(for name in $all; do [ -e "$work/done/$name" ] || echo -n " $name"; done)

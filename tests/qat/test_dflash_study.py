@@ -62,14 +62,14 @@ case "$*" in *"^qad long"*) mkdir -p {work}/qad-long/qad-long ;; esac
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0 and "all steps are done" in first.stdout, first.stdout + first.stderr
     seen = [line.split("\x1f")[:-1] for line in calls.read_text().splitlines()]
-    assert len(seen) == 23 and {call[0] for call in seen} >= {"0", "1"}
+    assert len(seen) == 24 and {call[0] for call in seen} >= {"0", "1"}
     for call in seen:
         if call[1:3] == ["-m", "mimo_qat"]:
             with pytest.raises(SystemExit, match="0"):
                 run("mimo-qat", "", VERBS, [*call[3:], "--print_config"])
             assert capsys.readouterr().out, call
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0 and len(calls.read_text().splitlines()) == 23
+    assert again.returncode == 0 and len(calls.read_text().splitlines()) == 24
     (work / "done" / "peers").unlink()
     stand_in.write_text("#!/usr/bin/env bash\necho out of memory; exit 1\n")
     failed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
