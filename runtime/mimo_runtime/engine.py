@@ -256,8 +256,8 @@ class Engine:
         """Says how far a round of `rows` rows may read, whose anchor is not behind position `bound`."""
         for cache in self.caches:
             cache.reach = cache.capacity if bound is None else bound + rows
-        for cache in self.draft_caches:
-            cache.reach = cache.capacity if bound is None else bound
+        for cache in self.draft_caches:  # which hold the block that is drafted as well, behind the anchor
+            cache.reach = cache.capacity if bound is None else bound + self.block
 
     def _draft(self, drafter: Drafter, sampler: Sampler) -> torch.Tensor:
         """The drafter's tokens [block - 1] after the anchor: the best of each slot, or the selector's chain."""
