@@ -74,6 +74,17 @@ def test_transformers_drafts_and_accepts_as_the_runtime_does(pair, script):
     assert len(accepted) > 2
 
 
+@pytest.mark.parametrize("pair", ["plain"], indirect=True)
+def test_drafts_do_not_depend_on_how_many_slots_are_read(pair, script, monkeypatch):
+    """Exactly those that a draft may see, its own block's among them, or all."""
+    for prompt, _ in pair.texts:
+        found = []
+        for bucket in (1, 4096):
+            monkeypatch.setattr("mimo_runtime.cache.BUCKET", bucket)
+            found.append(script.runtime_rounds(pair.engine, prompt, NEW))
+        assert found[0] == found[1]
+
+
 def test_the_comparison_sees_another_drafter(reference, script, write_drafter, tmp_path, tiny_config):
     """Two random drafters: the text is the same, the rounds are not."""
     model = load_model(reference, torch.float32)
