@@ -261,6 +261,8 @@ def main(cfg: BenchConfig) -> dict[str, Any]:
         return dry_run(cfg)
     if cfg.trace is not None and not cfg.cuda_graphs:
         raise ValueError("trace shows rounds as CUDA graphs; add --cuda_graphs true, or leave it out")
+    if cfg.trace is not None:  # a folder that cannot be made is known before minutes of measuring
+        Path(cfg.trace).parent.mkdir(parents=True, exist_ok=True)
     engine, prompts = _opened(cfg)
     runs = measure(engine, prompts, cfg)
     by_domain = defaultdict(list)

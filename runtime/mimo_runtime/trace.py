@@ -70,6 +70,8 @@ def traced(engine: Engine, ids: list[int], sampling: SamplingConfig, path: Path,
         engine.generate(ids, sampling, **way)
     finally:
         engine.rounds = before
+        if FIRST < rounds.enqueued < FIRST + ROUNDS:
+            rounds.profiler.stop()
     if rounds.enqueued < FIRST + ROUNDS:
         raise ValueError(f"a text of {rounds.enqueued} rounds; for --trace give a max_new_tokens of more rounds")
     if engine.ranks.rank == 0:
