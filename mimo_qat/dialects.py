@@ -11,7 +11,7 @@ byte: MTP blocks, multimodal towers, the FP8 spine, experts that are MXFP4 alrea
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -158,7 +158,7 @@ def _plan_mimo(source: Source, dialect: Dialect, rule: mxfp4.Rule, spine: Spine)
     tower_file = SPINE_FILE.replace("shard0", "shard1")
     for name, spec in source.specs.items():
         if name.startswith(TOWER_PREFIXES):
-            specs[name] = replace(spec, file=tower_file)
+            specs[name] = spec._replace(file=tower_file)
     packed = source.experts.startswith("mxfp4")
     rule_written = str(source.checkpoint.metadata.get("scale_rule", "unknown")) if packed else rule
     metadata: dict[str, Any] = {"save_format": {"bf16": "bf16"}.get(dialect, "mxfp4"), "scale_rule": rule_written}

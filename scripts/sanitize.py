@@ -31,16 +31,23 @@ def on_gpu(weights: Any) -> Any:
     return replace(weights, **moved)
 
 
-def experts(g: torch.Generator, tokens: int) -> tuple[str, float]:
-    """2048 x 128, 6 experts of which a token has 2."""
+def six_experts(g: torch.Generator) -> moe.Experts:
+    """2048 x 128."""
     codes = [torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for s in ((6, 256, 1024), (6, 2048, 64))]
     scales = [torch.randint(114, 122, s, generator=g, dtype=torch.uint8) for s in ((6, 256, 64), (6, 2048, 4))]
-    weights = moe.Experts(codes[0], scales[0], codes[1], scales[1])
-    x = torch.randn(tokens, 2048, generator=g).bfloat16()
-    ids = torch.rand(tokens, 6, generator=g).argsort(-1)[:, :2].int()
-    shares = torch.rand(tokens, 2, generator=g)
-    found = moe.moe(x.cuda(), ids.cuda(), shares.cuda(), on_gpu(moe.pack_experts(weights)))
-    return "experts and combine", error(found, moe.reference(x, ids, shares, weights, torch.float64))
+    return moe.Experts(codes[0], scales[0], codes[1], scales[1])
+
+
+def experts(g: torch.Generator, tokens: int) -> Iterator[tuple[str, float]]:
+    """2 of 6, given, and chosen from logits."""
+    weights, x, at = six_experts(g), torch.randn(tokens, 2048, generator=g).bfloat16(), torch.arange(tokens)
+    packed = on_gpu(moe.pack_experts(weights))
+    steering = router.Router(torch.randn(6, 2048, generator=g) / 45, torch.randn(3, 6, generator=g), 2, normalise=True)
+    shares, ids = steering.route(x, at)
+    expected = moe.reference(x, ids, shares, weights, torch.float64)
+    yield "experts and combine", error(moe.moe(x.cuda(), ids.cuda(), shares.cuda(), packed), expected)
+    found, *_ = moe.routed(x.cuda(), on_gpu(steering), packed, at.cuda())
+    yield "experts that are chosen", error(found.cpu().sum(0), expected)
 
 
 def products(g: torch.Generator, tokens: int) -> Iterator[tuple[str, float]]:
@@ -101,7 +108,8 @@ def main() -> int:
     cuda.launch = noted
     for tokens in (1, 3, 8):
         g = torch.Generator().manual_seed(SEED + tokens)
-        found = (experts(g, tokens), *products(g, tokens), routing(g, tokens), windowed(g, tokens), *norms(g, tokens))
+        found = [*experts(g, tokens), *products(g, tokens), routing(g, tokens), windowed(g, tokens)]
+        found += norms(g, tokens)
         for name, e in found:
             print(f"{tokens} rows, {name}: relative error {e:.1e}")
             wrong += not e < ROUNDING

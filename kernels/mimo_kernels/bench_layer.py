@@ -2,8 +2,7 @@
 
 An operator alone shows little of `launch`: what a kernel does ahead is hidden by the one before it, which has to be
 another one. So a graph holds `CALLS` layers, each with other weights, experts and caches, and the residual stream goes
-through all of them. The expert ids are given, as in the operator `moe`, and not those that the router chooses: the
-router's weights are used. There is no all-reduce.
+through all of them. Experts are those of the operator `moe`: a bias steers the router to them. There is no all-reduce.
 
 The row says whether programmatic dependent launch was on; MIMO_KERNELS_PDL=0 turns it off.
 """
@@ -16,6 +15,7 @@ import torch
 
 from . import bench, bench_attention
 from .moe import PackedExperts
+from .router import Router
 
 CONTEXT = 8192  # committed rows: the window is full
 
@@ -48,7 +48,6 @@ class Layers:
     qkv: list
     o: list
     routers: torch.Tensor  # float32 [layers, experts, H]
-    bias: torch.Tensor
     norms: torch.Tensor  # bfloat16 [layers, 2, H]
     keys: torch.Tensor  # [layers, G, slots, K]
     values: torch.Tensor
@@ -67,7 +66,6 @@ def _random(g: "bench.Geometry", a: "bench.Heads", packed: PackedExperts, tokens
         [bench.random_weight(a.qkv_rows, g.hidden, True) for _ in range(bench.CALLS)],
         [bench.random_weight(g.hidden, a.heads * a.v_dim, False) for _ in range(bench.CALLS)],
         torch.randn(bench.CALLS, g.experts, g.hidden, device="cuda") / g.hidden**0.5,
-        torch.randn(g.experts, device="cuda") / 10,
         normal(bench.CALLS, 2, g.hidden),
         normal(bench.CALLS, a.kv_heads, slots, a.k_dim),
         normal(bench.CALLS, a.kv_heads, slots, a.v_dim),
@@ -79,11 +77,13 @@ def _random(g: "bench.Geometry", a: "bench.Heads", packed: PackedExperts, tokens
 
 def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
     """layer(c) launches layer c with the experts `ids[c]` on what layer(c - 1) left; layer(0) begins anew."""
-    from . import linear, moe, residual, router, window
+    from . import linear, moe, residual, window
 
     w, tokens = layers.window, len(layers.x)
     cos, sin = torch.randn(2, tokens, w.rotated // 2, device="cuda").bfloat16()
     start, sink = torch.tensor(CONTEXT, device="cuda"), torch.zeros(w.heads, device="cuda")
+    rows, experts = torch.arange(tokens, device="cuda"), layers.routers.shape[1]
+    steering = [torch.zeros(tokens, experts, device="cuda").scatter_(1, chosen.long(), 2.0) for chosen in ids]
     stream = layers.x, layers.x  # the residual stream, and what the last sublayer adds to it
 
     def layer(c: int) -> torch.Tensor:
@@ -95,8 +95,8 @@ def decoder_layer(layers: Layers, ids: list[torch.Tensor]) -> Callable[[int], to
         kw: dict[str, Any] = {"scale": w.k_dim**-0.5, "window": w.window, "sink": sink, "value_scale": 0.6}
         out = window.attend(qkv, cos, sin, *cache, start, count=tokens, **kw)
         x, normed = residual.add_rms_norm(x, linear.linear(out.flatten(1), layers.o[c]), layers.norms[c, 1], 1e-5)
-        weights, _ = router.route(normed, layers.routers[c], layers.bias, layers.top_k, normalise=True)
-        part = moe.parts(normed, ids[c], weights, layers.experts)
+        router = Router(layers.routers[c], steering[c], layers.top_k, normalise=True)
+        part, _, _ = moe.routed(normed, router, layers.experts, rows)
         stream = x, part
         return part
 

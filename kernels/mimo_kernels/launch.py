@@ -22,9 +22,9 @@ Rules, for every kernel that takes the keywords of `dependent`, Triton's and tho
 4. A kernel that waits first and then lets its successor begin is a border: whatever began behind it finds complete all
    that came before it. Two kernels load early what a step does write, and rely on one. `attend` of window.cu reads its
    ring and the position, which the pass before has written: the border is `rows.begin`, the first kernel of a pass.
-   `experts` of moe.cu reads its rows, which came before the router's logits: those are the border. Where torch's own
-   kernels stand between, each of them is one. (`attend` and `experts` are borders as well, to keep the weights of what
-   follows out of their way: `experts` in the last turn of a block.)
+   `experts` of moe.cu reads its rows and their positions, which are older than the router's logits: those are the
+   border. Where torch's own kernels stand between, each of them is one. (`attend` and `experts` are borders as well, to
+   keep the weights of what follows out of their way: `experts` in the last turn of a block.)
 
 A kernel launched without the keywords, by torch, begins after the one before it has ended, as ever; and one that lets
 nobody begin has a successor that begins when it ends.

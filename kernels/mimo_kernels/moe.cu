@@ -1,7 +1,8 @@
 // W4A16 mixture of experts for at most 8 tokens. `moe` defines it and the packed layout; `moe_cuda` launches it.
 //
-//   experts   gate, up and SwiGLU: 64 rows of a listed expert at a time a block. Then down: 256 output rows at a time, a
-//             part for every token that is routed there
+//   experts   the choice of a token's experts from the router's logits, if it is not given. Gate, up and SwiGLU: 64 rows of
+//             a listed expert at a time a block. Then down: 256 output rows at a time, a part for every token that is
+//             routed there
 //   combine   adds the parts of a token in ascending id of its experts
 //
 // Weights go from memory to the registers in which an MMA wants them, AHEAD pages before they are multiplied; nothing
@@ -13,11 +14,12 @@
 // A token's bits depend on its own routing and on the shapes alone: the first product sums K in four quarters, in order;
 // the second keeps each (token, expert) apart.
 //
-// Macros: HIDDEN and INTER (padded), EXPERTS, TOP_K, AHEAD (pages), STAGES (of the ring). Names: g, t = lane / 4, lane % 4; n = token; u = place in the list.
+// Macros: HIDDEN and INTER (padded), EXPERTS, TOP_K, AHEAD (pages), STAGES (of the ring), CHOOSE (1: from logits, 0: ids and
+// weights are given). Names: g, t = lane / 4, lane % 4; n = token; u = place in the list.
 
 constexpr int TOKENS = 8, WARPS = 16, PAGE = 64;        // PAGE in uint4, scales the same number of bytes
 constexpr int QUARTERS = 4, STRIPS = WARPS / QUARTERS;       // strips of 16 rows
-constexpr int WORDS = (EXPERTS + 31) / 32, SLOTS = TOKENS * TOP_K;
+constexpr int SLOTS = TOKENS * TOP_K;
 
 #include "ptx.cuh"
 
@@ -60,70 +62,112 @@ struct Page {
     }
 };
 
-// The distinct ids ascending, in shared memory. Every thread of the block takes part.
-struct List {
-    unsigned present[WORDS];
-    short experts[SLOTS];
-    int count;
+// What the two products share: the distinct ids ascending, and for each of them and each token the weight and where its part
+// goes. All of it comes before the first weights are asked for: behind these, shared memory is slow.
+struct Routing {
+    static constexpr int WORDS = (EXPERTS + 127) / 128 * 4;
+    alignas(16) unsigned present[TOKENS + 1][WORDS];  // a bit for an id: of a token's, and last of anybody's
+    int ids[SLOTS];                                   // of token n from n TOP_K on
+    float weights[SLOTS];
+    int distinct[TOKENS + 1];  // ids of a token, and of all
+    short experts[SLOTS];      // the list
+    float combine[SLOTS][TOKENS];
+    signed char place[SLOTS][TOKENS];  // of the expert among those of the token, ascending, or -1
 
-    DEVICE int before(int e) const {  // how many listed ids are below e
+    DEVICE void clear() {
+        const int tid = threadIdx.x;
+        for (int w = tid; w < (TOKENS + 1) * WORDS; w += blockDim.x) (&present[0][0])[w] = 0;
+        for (int i = tid; i < SLOTS * TOKENS; i += blockDim.x) (&place[0][0])[i] = -1;
+        __syncthreads();
+    }
+
+    DEVICE void put(int slot, int id, float weight) {  // after `clear`
+        ids[slot] = id, weights[slot] = weight;
+        atomicOr(&present[slot / TOP_K][id / 32], 1u << (id % 32));
+        atomicOr(&present[TOKENS][id / 32], 1u << (id % 32));
+    }
+
+    DEVICE int before(int whose, int e) const {  // how many of these ids are below e
         int n = 0;
 #pragma unroll
-        for (int w = 0; w < WORDS; w++) n += __popc(e / 32 > w ? present[w] : e / 32 == w ? present[w] & ((1u << (e % 32)) - 1) : 0);
+        for (int w = 0; w < WORDS; w++) {
+            const unsigned word = present[whose][w];
+            n += __popc(e / 32 > w ? word : e / 32 == w ? word & ((1u << (e % 32)) - 1) : 0);
+        }
         return n;
     }
 
-    DEVICE void build(int id, bool given) {  // of every thread: an id, and whether it has one; `present` is clear
-        const int tid = threadIdx.x;
-        if (given) atomicOr(&present[id / 32], 1u << (id % 32));
+    // What follows from all that was put. By all threads; what they wrote before is there for all as well.
+    DEVICE void list(int tokens) {
+        const int tid = threadIdx.x, n = tid / TOP_K;
         __syncthreads();
-        for (int e = tid; e < EXPERTS; e += blockDim.x)
-            if (present[e / 32] >> (e % 32) & 1) experts[before(e)] = e;
-        if (tid == 0) count = before(WORDS * 32);
+        if (tid / 32 == WARPS - 1 && tid % 32 <= TOKENS) distinct[tid % 32] = before(tid % 32, WORDS * 32);
+        if (tid < tokens * TOP_K) {  // of an id that repeats, each writes the same
+            const int id = ids[tid], u = before(TOKENS, id);
+            experts[u] = id;
+            place[u][n] = before(n, id);
+            float sum = weights[tid];
+            if (!CHOOSE) {
+                sum = 0;
+#pragma unroll
+                for (int j = 0; j < TOP_K; j++) sum += ids[n * TOP_K + j] == id ? weights[n * TOP_K + j] : 0;
+            }
+            combine[u][n] = sum;
+        }
         __syncthreads();
     }
 };
 
-// What the two products share: the list, and for each listed expert and token the weight and where its part goes.
-struct Routing {
-    List list;
-    float combine[SLOTS][TOKENS];
-    signed char place[SLOTS][TOKENS];  // of the expert among those of the token, ascending, or -1
-    int distinct[TOKENS];              // experts of the token
+// The choice of `router`, the same in all blocks. Warp n chooses for token n. A lane has KEYS neighbours, so of equal keys the
+// first one of the lowest lane has the lowest id.
+struct Choice {
+    static constexpr int KEYS = (EXPERTS + 31) / 32;
+    float bias[KEYS];
 
-    DEVICE void clear() {  // needs no ids
-        const int tid = threadIdx.x;
-        for (int w = tid; w < WORDS; w += blockDim.x) list.present[w] = 0;
-        for (int i = tid; i < SLOTS * TOKENS; i += blockDim.x) (&place[0][0])[i] = -1;
-        if (tid < TOKENS) distinct[tid] = 0;
-        __syncthreads();
+    DEVICE static unsigned ordered(float v) {  // an integer of the same order, above 0; NaN is the largest
+        const unsigned bits = __float_as_uint(v);
+        return v != v ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
     }
 
-    DEVICE void build(const int* ids, const float* weights, int tokens) {  // after `clear`
-        const int tid = threadIdx.x, n = tid / TOP_K;
-        const bool given = tid < tokens * TOP_K;
-        int own[TOP_K];  // all ids of this thread's token
-        float share[TOP_K];
+    DEVICE void ask(const float* from) {
 #pragma unroll
-        for (int j = 0; j < TOP_K; j++) own[j] = given ? ids[n * TOP_K + j] : 0, share[j] = given ? weights[n * TOP_K + j] : 0;
-        const int id = given ? ids[tid] : 0;
-        list.build(id, given);
-        float sum = 0;
-        int smaller = 0;
+        for (int i = 0; i < KEYS; i++) bias[i] = early(from + min(int(threadIdx.x) % 32 * KEYS + i, EXPERTS - 1));
+    }
+
+    // Puts the experts of token n, of which `logits` are. A choice has no branch: all lanes do what one of them keeps.
+    DEVICE void choose(Routing& routing, int n, const float* logits, float scaling, bool normalise) {
+        const int lane = threadIdx.x % 32;
+        float score[KEYS];
+        unsigned key[KEYS];
 #pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            const int e = lane * KEYS + i;
+            score[i] = reciprocal(1 + __expf(-logits[min(e, EXPERTS - 1)]));
+            key[i] = e < EXPERTS ? ordered(score[i] + bias[i]) : 0;
+        }
+        float total = 0, own = 0;
+        int id = 0;
+#pragma unroll 1
         for (int j = 0; j < TOP_K; j++) {
-            if (own[j] == id) sum += share[j];
-            bool again = false;
+            unsigned mine = key[0];
 #pragma unroll
-            for (int k = 0; k < j; k++) again |= own[k] == own[j];
-            smaller += own[j] < id && !again;
+            for (int i = 1; i < KEYS; i++) mine = max(mine, key[i]);
+            const unsigned best = __reduce_max_sync(~0u, mine);
+            const int owner = __ffs(__ballot_sync(~0u, mine == best)) - 1;
+            int at = KEYS - 1;
+            float found = score[KEYS - 1];
+#pragma unroll
+            for (int i = KEYS - 2; i >= 0; i--) {
+                const bool here = key[i] == best;
+                at = here ? i : at, found = here ? score[i] : found;
+            }
+#pragma unroll
+            for (int i = 0; i < KEYS; i++) key[i] = lane == owner && i == at ? 0 : key[i];
+            found = __shfl_sync(~0u, found, owner), at = __shfl_sync(~0u, at, owner);
+            total += found;
+            if (lane == j) own = found, id = owner * KEYS + at;
         }
-        if (given) {
-            const int u = list.before(id);
-            combine[u][n] = sum;  // of an id that repeats, each of its threads writes the same
-            place[u][n] = smaller;
-            atomicMax(&distinct[n], smaller + 1);
-        }
+        if (lane < TOP_K) routing.put(n * TOP_K + lane, id, (normalise ? own / (total + 1e-20f) : own) * scaling);
     }
 };
 
@@ -145,13 +189,21 @@ struct Source {
 // PAGE]; scales the same in bytes. between bf16 [SLOTS][INTER / 128 pages of slots]. `ready` int [SLOTS + 1] is zero before and
 // after: how many strips of an expert are in `between`, and how many blocks have ended.
 //
-// x is read before the wait: it is older than what the kernel before this one makes (`launch` says who sees to that).
+// With CHOOSE, ids and weights are written, by one block: what was chosen from logits float32 [tokens, EXPERTS] and the bias
+// float32 [biases, EXPERTS], of which token n has row positions[n] % biases.
+//
+// x and the bias are read before the wait: they are older than what the kernel before this one makes (`launch` says who
+// sees to that).
 //
 // One block a multiprocessor, all of them resident, since the second product waits for strips of the first that other
 // blocks make: those come before in every block's order, so that somebody can always go on.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigned char* up_scales, const uint4* down,
-        const unsigned char* down_scales, const uint4* x, const int* ids, const float* weights, int tokens, int columns) {
+        const unsigned char* down_scales, const uint4* x, int* ids, float* weights, int tokens, int columns
+#if CHOOSE
+        , const float* logits, const float* bias, const long long* positions, int biases, int normalise, float scaling
+#endif
+) {
     constexpr int PAGES = HIDDEN / 128, MINE = PAGES / QUARTERS, CHUNKS = MINE / AHEAD, BLOCKS = INTER / 8 / STRIPS;
     constexpr int GROUPS = HIDDEN / 8 * TOKENS, EACH = GROUPS / (WARPS * 32);
     static_assert(MINE * QUARTERS == PAGES && CHUNKS * AHEAD == MINE && EACH * WARPS * 32 == GROUPS, "HIDDEN");
@@ -161,7 +213,8 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
     uint4* const slots = shared;                                              // [PAGES][4][32]
     float4* const sums = reinterpret_cast<float4*>(shared + PAGES * 4 * 32);  // [2][STRIPS][QUARTERS][32]
     uint4* const ring = shared + PAGES * 4 * 32 + 2 * WARPS * 32;             // [STAGES][SPAN * INTER / 128 pages of slots]
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int tid = threadIdx.x, lane = tid % 32;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that ptxas knows it to be the same in all lanes
     const int strip = warp / QUARTERS, quarter = warp % QUARTERS, step = gridDim.x;
 
     uint4 row[EACH];  // 8 neighbours of a token each; a warp reads 32 groups in a row
@@ -171,6 +224,11 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
         row[i] = n < tokens && group * 8 < columns ? early(x + n * (columns / 8) + group) : make_uint4(0, 0, 0, 0);
     }
     routing.clear();
+#if CHOOSE
+    Choice choice;
+    const int from = biases > 1 && warp < tokens ? early(reinterpret_cast<const int*>(positions + warp)) % biases : 0;  // its low half
+    choice.ask(bias + from * EXPERTS);
+#endif
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int at = i * WARPS * 32 + tid, n = at / (HIDDEN / 8), group = at % (HIDDEN / 8);
@@ -179,29 +237,35 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
             __byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
     }
     wait_for_predecessor();
-    routing.build(ids, weights, tokens);
-    const List& list = routing.list;
-    const int items = list.count * BLOCKS;
+#if CHOOSE
+    if (warp < tokens) choice.choose(routing, warp, logits + warp * EXPERTS, scaling, normalise);
+#else
+    if (tid < tokens * TOP_K) routing.put(tid, ids[tid], weights[tid]);
+#endif
+    routing.list(tokens);
+#if CHOOSE
+    if (blockIdx.x == 0 && tid < tokens * TOP_K) ids[tid] = routing.ids[tid], weights[tid] = routing.weights[tid];
+#endif
+    const int count = routing.distinct[TOKENS], items = count * BLOCKS;
     auto up_pages = [&](int item) {
         if (item >= items) return Source();
-        const int expert = list.experts[item / BLOCKS];
+        const int expert = routing.experts[item / BLOCKS];
         return Source(up, up_scales, (expert * (INTER / 8) + item % BLOCKS * STRIPS + strip) * PAGES + quarter * MINE);
     };
     Page ahead[AHEAD];
     Source source = up_pages(blockIdx.x);
 #pragma unroll
     for (int d = 0; d < AHEAD; d++) source.load(ahead[d], d, lane);
-    __syncthreads();
 
     // Of the second product: a turn is SPAN items of 256 rows of an expert, of which a warp has 16.
     constexpr int INNER = INTER / 128, ROWS = HIDDEN / 16 / WARPS;
     constexpr int SPAN = INNER < AHEAD ? AHEAD / INNER : 1, TURN_CHUNKS = INNER < AHEAD ? 1 : INNER / AHEAD;
     constexpr int OF_ITEM = INNER < AHEAD ? INNER : AHEAD;  // pages of an item in a chunk
     static_assert(SPAN * OF_ITEM == AHEAD && TURN_CHUNKS * OF_ITEM == INNER && ROWS * WARPS * 16 == HIDDEN, "INTER, HIDDEN");
-    const int rows = list.count * ROWS;  // items
+    const int rows = count * ROWS;  // items
     auto down_pages = [&](int item) {
         if (item >= rows) return Source();
-        const int expert = list.experts[item / ROWS];
+        const int expert = routing.experts[item / ROWS];
         return Source(down, down_scales, (expert * (HIDDEN / 16) + item % ROWS * WARPS + warp) * INNER);
     };
     // Page d of the chunk that begins at `first`; with SPAN > 1 it is of a later item.
@@ -321,7 +385,7 @@ experts(float* parts, uint4* between, int* ready, const uint4* up, const unsigne
     }
 
     for (int n = 0; n < tokens; n++)  // an id that repeats leaves a place without an expert
-        for (int j = routing.distinct[n]; j < TOP_K; j++)
+        for (int j = CHOOSE ? TOP_K : routing.distinct[n]; j < TOP_K; j++)
             for (int column = blockIdx.x * blockDim.x + tid; column < columns; column += step * blockDim.x)
                 parts[(n * TOP_K + j) * columns + column] = 0;
     __syncthreads();

@@ -40,6 +40,7 @@ import torch
 from torch.nn.functional import pad, silu
 
 from . import mxfp4
+from .router import Router
 
 MAX_TOKENS = 16
 MAX_SCALE_BYTE = 128
@@ -131,8 +132,8 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
     """What `moe` adds up last, for whoever reads it anyway; arguments and errors as of `moe`.
 
     float32 [P, T, H] whose sum over P, in order and rounded to BF16 (`combine`), is `moe`'s result. Where no kernel
-    leaves parts it is that result, BF16 [T, H]. x must be older than what `router.route` does, which is a border
-    (`launch`), or come from torch.
+    leaves parts it is that result, BF16 [T, H]. x must be older than what `router.route` does, whose first launch is a
+    border (`launch`), or come from torch.
     """
     from . import cuda, moe_cuda
 
@@ -140,6 +141,29 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
         _check_tokens(x, ids, weights, experts)
         return moe_cuda.parts(x, ids, weights, experts)
     return moe(x, ids, weights, experts)
+
+
+@torch.no_grad()
+def routed(
+    x: torch.Tensor, router: Router, experts: PackedExperts, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(`parts`, weights float32 [T, k], ids int32 [T, k]) of what `router` chooses for x BF16 [T, H] at `positions`.
+
+    Where CUDA's kernels take the shapes, the experts' chooses from logits: a launch less than `router.route` and then
+    `parts`. Errors as of these two, and ValueError for a router of another number of experts.
+    """
+    from . import cuda, moe_cuda, router_cuda
+
+    router.check(x, positions)
+    if len(router.weight) != len(experts.down):
+        raise ValueError(f"router: {len(router.weight)} experts, of which {len(experts.down)} are given; whose is it?")
+    fits = router_cuda.fits(x.shape[1]) and moe_cuda.fits(experts, len(x), router.top_k)
+    if not (fits and cuda.usable(x.device)):
+        weights, ids = router.route(x, positions)
+        return parts(x, ids, weights, experts), weights, ids
+    _check_x(x, experts)
+    x = x.contiguous()
+    return moe_cuda.routed(x, router_cuda.logits(x, router.weight), router, positions, experts)
 
 
 def combine(update: torch.Tensor) -> torch.Tensor:
@@ -308,6 +332,10 @@ def _deinterleave(x: torch.Tensor, inter: int) -> torch.Tensor:
 
 def _check_tokens(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> None:
     _check_routing(x, ids, weights)
+    _check_x(x, experts)
+
+
+def _check_x(x: torch.Tensor, experts: PackedExperts) -> None:
     if x.dtype != torch.bfloat16 or x.shape[1] != experts.hidden:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected torch.bfloat16 [tokens, {experts.hidden}]")
     if not 1 <= len(x) <= MAX_TOKENS:

@@ -6,23 +6,46 @@
 
 The bias steers the selection only. With a bias per position, row t has that of positions[t] % P.
 
-`reference` is the definition, in float32 or float64. `route` is what a runtime calls: two launches (`router_triton`) on
-a GPU of compute capability 9 or more, the reference elsewhere. The second, the choice, is Triton's; the first, the
-logits, is CUDA C++ (`router_cuda`) where the GPU is its own (`cuda.usable`) and H a multiple of 1024, for all row
-counts, else Triton's too. The bits of a row depend on its own x, on the shapes of router and bias and on which of them
-runs, not on its neighbours, on their number, on timing, or on the run. Two experts whose logits lie within a rounding
-of each other may change places between the reference and the kernels, and between the two.
+`reference` is the definition, in float32 or float64. `route` is two launches (`router_triton`) on a GPU of compute
+capability 9 or more, the reference elsewhere. The second, the choice, is Triton's; the first, the logits, is CUDA C++
+(`router_cuda`) where the GPU is its own (`cuda.usable`) and H a multiple of 1024, for all row counts, else Triton's
+too. A runtime calls `moe.routed`, where the kernel of the experts makes the choice, in each of its blocks. The bits of
+a row depend on its own x, on the shapes of router and bias and on which of them runs, not on its neighbours, on their
+number, on timing, or on the run. Two experts whose logits lie within a rounding of each other may change places between
+the reference and the kernels, and between two of these.
 
 Ids are always those of experts, and distinct, whatever x holds: NaN counts as the largest score, as in torch.topk.
 
 Letters: T rows, H hidden size, E experts, P positions with a bias of their own, k experts a row.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 MAX_ROWS = 16
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
+
+
+@dataclass(frozen=True)
+class Router:
+    """The arguments of `route` that are of a layer: `weight` float32 [E, H], `bias` float32 [E] or [P, E]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    top_k: int
+    normalise: bool
+    scaling: float = 1.0
+
+    def route(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`route` of x."""
+        own = self.weight, self.bias, self.top_k
+        return route(x, *own, normalise=self.normalise, scaling=self.scaling, positions=positions)
+
+    def check(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """ValueError where `route` would raise it."""
+        _check(x, self.weight, self.bias, self.top_k, positions)
 
 
 @torch.no_grad()

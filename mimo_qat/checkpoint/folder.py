@@ -13,13 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from mimo_qat.checkpoint.geometry import MAX_JSON_BYTES, parse_json
+from mimo_qat.checkpoint.geometry import MAX_JSON_BYTES, brief, parse_json
 from mimo_qat.checkpoint.layout import DTYPE_BYTES, TensorSpec, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 PIECE_BYTES = 2**23
+MAX_ELEMENTS = 2**63  # more is a damaged shape
 MAX_FILE_NAME = 255  # bytes, on every usual file system
 TORCH_DTYPES = {
     "U8": torch.uint8,
@@ -48,33 +49,60 @@ def inside(folder: Path, name: Any) -> Path:
 def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str], dict[str, int]]:
     """({name: TensorSpec with this `file`, in file order}, metadata, {name: offset of its bytes}) of a file.
 
-    The library safetensors validates offsets and size: tensors lie one after the other, without gaps, to the end of
-    the file. ValueError names the file and the fault.
+    Proves what the library safetensors does: tensors lie one after the other, without gaps, to the end of the file. It
+    would map the file, which waits for threads that pin memory meanwhile. ValueError names the file and the fault.
     """
     if len(path.name.encode("utf-8", "surrogatepass")) > MAX_FILE_NAME:
         raise ValueError(f"{path.parent}: the index names a file of {len(path.name)} characters; fetch the index again")
     if not path.is_file():
         raise ValueError(f"{path} is named by the index but does not exist; fetch or write that file again")
     size = path.stat().st_size
-    with path.open("rb") as f:
+    with path.open("rb", buffering=0) as f:
         prefix = f.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(MAX_JSON_BYTES, size - 8):
             raise ValueError(f"{path} is not a safetensors file or was cut off in its header; fetch it again")
         raw = f.read(length)
+
+    def damaged(reason: str) -> ValueError:
+        return ValueError(f"{path} is damaged or cut off ({reason}); fetch or write it again")
+
     try:
-        with safe_open(path, framework="np"):  # maps read-only; for torch it reserves memory for the whole file
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); fetch or write it again") from None
-    header = parse_json(raw.decode("utf-8"), f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPE_BYTES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which no release uses; export it again")
-    ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    specs = {n: TensorSpec(n, e["dtype"], tuple(e["shape"]), file) for n, e in ordered}
-    return specs, metadata or {}, {n: 8 + length + e["data_offsets"][0] for n, e in ordered}
+        header = parse_json(raw.decode("utf-8"), "its header")
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        "".join([*header, *metadata, *metadata.values()]).encode()  # strings, without halves of characters
+        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    except (AttributeError, KeyError, TypeError):
+        raise damaged("its header holds an entry that describes no tensor") from None
+    except ValueError as error:
+        raise damaged(str(error).partition(";")[0]) from None
+    specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, int] = {}
+    begin, payload = 0, 8 + length
+    for name, entry in ordered:
+        dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
+        if str(dtype) not in DTYPE_BYTES:
+            raise ValueError(f"{path}: {name} has dtype {brief(dtype)}, which no release uses; export it again")
+        count = _elements(shape)
+        end = begin + DTYPE_BYTES[dtype] * count
+        if count < 0 or place != [begin, end] or not type(place[0]) is type(place[1]) is int:
+            raise damaged(f"{name}, {dtype} {brief(shape)}, cannot be at {brief(place)} behind byte {begin}")
+        specs[name] = TensorSpec(name, dtype, tuple(shape), file)
+        offsets[name], begin = payload + begin, end
+    if payload + begin != size:
+        raise damaged(f"its header describes {begin} bytes, but {size - payload} follow")
+    return specs, metadata, offsets
+
+
+def _elements(shape: Any) -> int:
+    """Elements of a tensor whose header states this shape, -1 where it is none."""
+    count = 1
+    for n in shape if type(shape) is list else [None]:
+        if type(n) is not int or n < 0 or count > MAX_ELEMENTS:
+            return -1
+        count *= n
+    return count
 
 
 class TensorFolder:
@@ -108,34 +136,33 @@ class TensorFolder:
 
     def _read_indexed(self) -> None:
         weight_map = self.index.get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(f, str) for f in weight_map.values())
-        ):
+        if not isinstance(weight_map, dict) or set(map(type, weight_map.values())) != {str}:
             raise ValueError(
                 f"{self.folder / INDEX_FILE} has no weight_map of tensor names to files; fetch or write the index again"
             )
         found: dict[str, TensorSpec] = {}
         for file in dict.fromkeys(weight_map.values()):
             header = self._header(file)
-            if twice := sorted(header.keys() & found.keys()):
+            if not found.keys().isdisjoint(header):
+                twice = min(header.keys() & found.keys())
                 raise ValueError(
-                    f"{self.folder}: {twice[0]} is in {found[twice[0]].file} and in {file}; "
+                    f"{self.folder}: {twice} is in {found[twice].file} and in {file}; "
                     "keep one and write the index again"
                 )
-            if unknown := sorted(n for n in header if n not in weight_map):
+            if not header.keys() <= weight_map.keys():
+                unknown = min(header.keys() - weight_map.keys())
                 raise ValueError(
-                    f"{self.folder / file} holds {unknown[0]}, which the index does not name; write the index again"
+                    f"{self.folder / file} holds {unknown}, which the index does not name; write the index again"
                 )
             found |= header
         for name, file in weight_map.items():
-            if name not in found or found[name].file != file:
+            spec = found.get(name)
+            if spec is None or spec.file != file:
                 raise ValueError(
                     f"{self.folder}: the index places {name} in {file}, which does not hold it; "
                     "write the index again or fetch that file again"
                 )
-        self.specs = {name: found[name] for name in weight_map}
+            self.specs[name] = spec
 
     @property
     def metadata(self) -> dict[str, Any]:

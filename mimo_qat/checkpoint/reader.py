@@ -115,6 +115,11 @@ class Checkpoint(TensorFolder):
             at += len(stored)
         assert at == len(out)
 
+    def begin(self, boxes: Iterable[Box], out: torch.Tensor) -> "Filling":
+        """`gather`, of which the caller may be spared the wait until it waits for what this returns."""
+        self.gather(boxes, out)
+        return Filling()
+
     def hand(self, jobs: Sequence[Job]) -> "Filling":
         """Each job's bytes, one box after the other in uint8 [size] on the device, go to its function, which may not
         keep them; all is done when what this returns was waited for. Where threads read, they call the functions, in no

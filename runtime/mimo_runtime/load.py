@@ -12,7 +12,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -315,16 +315,18 @@ def target_of(shards: Shards, cfg: LoadConfig, stop_token_ids: tuple[int, ...]) 
     bar = Progress("loading target", g.num_hidden_layers + 1, cfg)
     filler = _begin_experts(shards, g, cfg)
     began = time.perf_counter()
-    embed = _own(shards.rows("model.embed_tokens", cfg.dtype), cfg)
-    head = cfg.weight(embed if g.tie_word_embeddings else _own(shards.rows("lm_head", cfg.dtype), cfg))
-    bar.advance(embed, None if g.tie_word_embeddings else head)
-    norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
     shards.ahead(f"model.layers.{i}.{name}" for i in range(g.num_hidden_layers) for name in _SMALL)
+    read_embed = _values(shards, [shards.row_box("model.embed_tokens")], cfg)
+    read_head = read_embed if g.tie_word_embeddings else _values(shards, [shards.row_box("lm_head")], cfg)
+    norm = cfg.norm(_own(shards.whole("model.norm", cfg.dtype), cfg), g.layernorm_epsilon)
+    embed = read_embed()
+    head = cfg.weight(embed if g.tie_word_embeddings else read_head())
+    bar.advance(embed, None if g.tie_word_embeddings else head)
     layers: list[Layer] = []
-    for i in range(g.num_hidden_layers):
-        layers.append(_target_layer(shards, g, i, cfg, filler.packers))
-        if i not in filler.packers:
-            bar.advance(*layers[-1].weights())
+    for layer in _read_ahead(_target_layer(shards, g, i, cfg, filler.packers) for i in range(g.num_hidden_layers)):
+        if len(layers) not in filler.packers:
+            bar.advance(*layer.weights())
+        layers.append(layer)
     shards.complete()  # or will be, by what is on its way
     shards.seconds["spine"] = time.perf_counter() - began
     filler.finish(lambda i: bar.advance(*layers[i].weights()))
@@ -348,40 +350,73 @@ def _own(tensor: torch.Tensor, cfg: LoadConfig) -> torch.Tensor:
     return tensor.to(cfg.device).contiguous()
 
 
-def _matrix(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Weight:
-    """Parts of stored matrices, one below the other, as one."""
+def _read_ahead(begun: Iterable[Callable[[], Layer]]) -> Iterator[Layer]:
+    """What each of them makes, when what the next one needs is being read."""
+    before = None
+    for layer in begun:
+        if before is not None:
+            yield before()
+        before = layer
+    if before is not None:
+        yield before()
+
+
+def _values(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Callable[[], torch.Tensor]:
+    """Begins to read parts of stored matrices, and gives the function that waits for them, one below the other."""
+    read = shards.parts(boxes, cfg.dtype)
+    return lambda: _own(read(), cfg)
+
+
+def _matrix(shards: Shards, boxes: Sequence[Box], cfg: LoadConfig) -> Callable[[], Weight]:
+    """`_values` in the form of their products."""
     if cfg.multiplies and shards.stays_fp8(boxes):
-        codes, scales = (t.to(cfg.device) for t in shards.fp8_codes(boxes))
-        return pack_fp8(codes, scales, 1, name=boxes[0][0], proved=True)
-    return cfg.weight(torch.cat([shards.values(box, cfg.dtype).to(cfg.device) for box in boxes]))
+        read = shards.fp8_codes(boxes)
+
+        def packed() -> Weight:
+            codes, scales = (t.to(cfg.device) for t in read())
+            return pack_fp8(codes, scales, 1, name=boxes[0][0], proved=True)
+
+        return packed
+    values = _values(shards, boxes, cfg)
+    return lambda: cfg.weight(values())
 
 
-def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers: Mapping[int, Packer]) -> Layer:
+def _target_layer(
+    shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers: Mapping[int, Packer]
+) -> Callable[[], Layer]:
+    """Begins to read the matrices of layer i, and gives the function that makes the layer of them."""
     at, geometry = f"model.layers.{i}.", g.layers[i]
+
+    def columns(name: str) -> Callable[[], Weight]:
+        return _matrix(shards, [shards.column_box(at + name)], cfg)
 
     def whole(name: str, dtype: torch.dtype = cfg.dtype) -> torch.Tensor:
         return _own(shards.whole(at + name, dtype), cfg)
 
-    def columns(name: str) -> Weight:
-        return _matrix(shards, [shards.column_box(at + name)], cfg)
+    qkv, o = _matrix(shards, shards.qkv_boxes(i), cfg), columns("self_attn.o_proj")
+    if not geometry.moe:
+        gate_up = _matrix(shards, [shards.row_box(f"{at}mlp.{n}_proj") for n in ("gate", "up")], cfg)
+        down = columns("mlp.down_proj")
 
-    sink = None
-    if geometry.sink:  # a few values, of which the share is cut from the whole
-        heads = query_heads(geometry, cfg.ranks)
-        sink = whole("self_attn.attention_sink_bias", torch.float32)[heads.start : heads.stop]
-    attention = Attention(
-        geometry=local(geometry, cfg.ranks),
-        window=g.sliding_window if geometry.swa else None,
-        value_scale=g.attention_value_scale,
-        eps=g.layernorm_epsilon,
-        qkv=_matrix(shards, shards.qkv_boxes(i), cfg),
-        o=columns("self_attn.o_proj"),
-        sink=sink,
-        kernel=cfg.attends(geometry),
-        fused=cfg.splits(geometry),
-    )
-    mlp: Mlp | Moe
-    if geometry.moe:
+    def made() -> Layer:
+        sink = None
+        if geometry.sink:  # a few values, of which the share is cut from the whole
+            heads = query_heads(geometry, cfg.ranks)
+            sink = whole("self_attn.attention_sink_bias", torch.float32)[heads.start : heads.stop]
+        attention = Attention(
+            geometry=local(geometry, cfg.ranks),
+            window=g.sliding_window if geometry.swa else None,
+            value_scale=g.attention_value_scale,
+            eps=g.layernorm_epsilon,
+            qkv=qkv(),
+            o=o(),
+            sink=sink,
+            kernel=cfg.attends(geometry),
+            fused=cfg.splits(geometry),
+        )
+        before, after = (cfg.norm(whole(f"{n}_layernorm"), g.layernorm_epsilon) for n in ("input", "post_attention"))
+        if not geometry.moe:
+            return Layer(before, attention, after, Mlp(gate_up(), down()))
         mlp = Moe(
             router=whole("mlp.gate", torch.float32),
             bias=whole("mlp.gate.e_score_correction_bias", torch.float32),
@@ -391,11 +426,9 @@ def _target_layer(shards: Shards, g: Geometry, i: int, cfg: LoadConfig, packers:
             experts=_experts(shards, i, cfg, packers),
             fused=cfg.routes(g.n_routed_experts, g.hidden_size, g.num_experts_per_tok),
         )
-    else:
-        gate_up = [shards.row_box(f"{at}mlp.{n}_proj") for n in ("gate", "up")]
-        mlp = Mlp(_matrix(shards, gate_up, cfg), columns("mlp.down_proj"))
-    before, after = (cfg.norm(whole(f"{n}_layernorm"), g.layernorm_epsilon) for n in ("input", "post_attention"))
-    return Layer(before, attention, after, mlp)
+        return Layer(before, attention, after, mlp)
+
+    return made
 
 
 def _experts(shards: Shards, i: int, cfg: LoadConfig, packers: Mapping[int, Packer]) -> PlainExperts | PackedExperts:

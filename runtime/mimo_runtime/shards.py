@@ -14,7 +14,7 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,8 +135,7 @@ class Shards:
         self.checkpoint, self.ranks = checkpoint, ranks
         self.boxes: dict[str, list[tuple[range, range]]] = {}
         self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        # Rows of scales for the rows of a matrix. Layers repeat, and for new ones a GPU ends its copies first.
-        self._kinds: dict[tuple, torch.Tensor] = {}
+        self._grids: dict[tuple, _Grid] = {}  # layers repeat, and for new ones a GPU ends its copies first
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -197,39 +196,60 @@ class Shards:
     def stays_fp8(self, boxes: Sequence[Box]) -> bool:
         """Whether these parts, one below the other, are stored as block FP8 with borders of tiles only at multiples of
         64 rows and 128 columns, as `mimo_kernels.linear.pack_fp8` takes them. A matter of shapes: nothing is read."""
-        tiles = []
-        for base, rows, columns in boxes:
+        for base, _, columns in boxes:
             stored = base + ".weight_scale_inv" in self.checkpoint
             if not stored or columns.start % fp8.BLOCK or columns.stop % fp8.BLOCK:
                 return False
-            matrix = next(i for i, box in enumerate(boxes) if box[0] == base)
-            tiles.append(self._tiles(base, rows) + (matrix << 32))  # no tile is part of two matrices
-        tile = torch.cat(tiles)
-        return torch.equal(tile, tile[torch.arange(len(tile)) // GROUP_ROWS * GROUP_ROWS])
+        return self._grid(boxes).stays
 
-    def fp8_codes(self, boxes: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes float8_e4m3fn [N, K], scales float32 [N, K / 128]: one row of scales for each row of codes) of parts
-        that stay FP8, one below the other."""
-        codes = self._below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
-        found = [self._scale_box(*box) for box in boxes]
-        scales = self._below([box for box, _ in found])
-        kind = tuple((rows, self.checkpoint.chunk_rows(base)) for base, rows, _ in boxes)
-        if kind not in self._kinds:
-            starts = itertools.accumulate((len(box[1]) for box, _ in found), initial=0)
+    def fp8_codes(self, boxes: Sequence[Box]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Begins to read parts that stay FP8. What it returns waits for them, one below the other: (codes float8_e4m3fn
+        [N, K], scales float32 [N, K / 128]: one row of scales for each row of codes)."""
+        grid = self._grid(boxes)
+        codes = self.below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
+        names = (base + ".weight_scale_inv" for base, _, _ in boxes)
+        scales = self.below([(name, *box) for name, box in zip(names, grid.boxes, strict=True)])
+        return lambda: (codes(), scales()[grid.tile])
+
+    def _grid(self, boxes: Sequence[Box]) -> "_Grid":
+        """How FP8 scales lie over these parts."""
+        chunks = {base: self._chunk(base) for base in dict.fromkeys(base for base, _, _ in boxes)}
+        matrices = list(chunks)
+        kind = tuple((matrices.index(base), chunks[base], rows, columns) for base, rows, columns in boxes)
+        if kind not in self._grids:
+            found = [_scale_box(chunk, rows, columns) for _, chunk, rows, columns in kind]
+            starts = itertools.accumulate((len(box[0]) for box, _ in found), initial=0)
             tile = torch.cat([start + tile for start, (_, tile) in zip(starts, found, strict=False)])
-            self._kinds[kind] = tile.to(scales.device)
-        return codes, scales[self._kinds[kind]]
+            # No tile is part of two matrices.
+            stored = torch.cat([(matrix << 32) + _tiles(chunk, rows) for matrix, chunk, rows, _ in kind])
+            stays = torch.equal(stored, stored[torch.arange(len(stored)) // GROUP_ROWS * GROUP_ROWS])
+            self._grids[kind] = _Grid(stays, [box for box, _ in found], tile.to(self.checkpoint.device))
+        return self._grids[kind]
 
-    def _below(self, boxes: list[Box]) -> torch.Tensor:
-        """Boxes of one dtype and of as many columns, one below the other."""
+    def below(self, boxes: list[Box]) -> Callable[[], torch.Tensor]:
+        """Begins to read boxes, named in full, of one dtype and of as many columns. What it returns waits for them, one
+        below the other, as stored."""
         dtype = TORCH_DTYPES[self.checkpoint.spec(boxes[0][0]).dtype]
         shape = sum(len(rows) for _, rows, _ in boxes), len(boxes[0][2])
         out = torch.empty(shape, dtype=dtype, device=self.checkpoint.device)
         for name, rows, columns in boxes:
             assert TORCH_DTYPES[self.checkpoint.spec(name).dtype] == dtype and len(columns) == shape[1]
             self.boxes.setdefault(name, []).append((rows, columns))
-        self.checkpoint.gather(boxes, out.view(torch.uint8).view(-1))
-        return out
+        filling = self.checkpoint.begin(boxes, out.view(torch.uint8).view(-1))
+
+        def read() -> torch.Tensor:
+            filling.wait()
+            return out
+
+        return read
+
+    def parts(self, boxes: Sequence[Box], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """Begins to read parts where they are stored as `dtype`. What it returns waits for them, or else reads their
+        values: one below the other, as `dtype`."""
+        stored = [(self._stored(base), rows, columns) for base, rows, columns in boxes]
+        if all(TORCH_DTYPES[self.checkpoint.spec(name).dtype] == dtype for name, _, _ in stored):
+            return self.below(stored)
+        return lambda: torch.cat([self.values(box, dtype) for box in boxes])
 
     def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up [E, 2I / size, H], gate rows first; down [E, H, I / size]) of one layer's routed experts."""
@@ -261,9 +281,10 @@ class Shards:
             shares.append((f".{matrix}.{codes}", rows, _divided(columns, 2)))
             shares.append((f".{matrix}.weight_scale", rows, _divided(columns, mxfp4.BLOCK)))
         boxes = [(f"{prefix}{e}{end}", rows, columns) for e in experts for end, rows, columns in shares]
-        for box in boxes:
-            self.boxes.setdefault(box[0], []).append(box[1:])
-        return boxes, {self.checkpoint.spec(box[0]).dtype for box in boxes} <= {"U8", "F8_E8M0"}
+        for name, rows, columns in boxes:
+            self.boxes.setdefault(name, []).append((rows, columns))
+        specs = self.checkpoint.specs
+        return boxes, {specs[name].dtype for name, _, _ in boxes} <= {"U8", "F8_E8M0"}
 
     def expert_bytes(self, boxes: Iterable[Box]) -> torch.Tensor:
         """uint8 [n * `expert_record().size`] of `expert_boxes` where scales are stored as floats."""
@@ -304,24 +325,15 @@ class Shards:
         scales = self._raw(base + ".weight_scale", rows, _divided(columns, mxfp4.BLOCK))
         return codes.contiguous(), e8m0_bytes(scales, base + ".weight_scale").contiguous()
 
-    def _tiles(self, base: str, rows: range) -> torch.Tensor:
-        """The row of FP8 scales that belongs to each of `rows`."""
-        chunk = self.checkpoint.chunk_rows(base) or self._shape(base)[0]
-        row = torch.arange(rows.start, rows.stop)
-        return row // chunk * -(-chunk // fp8.BLOCK) + row % chunk // fp8.BLOCK
+    def _chunk(self, base: str) -> int:
+        """Rows after which the FP8 tiles of a matrix restart."""
+        return self.checkpoint.chunk_rows(base) or self._shape(base)[0]
 
     def _scales(self, base: str, rows: range, columns: range) -> torch.Tensor:
         """The FP8 scales over a box, float32 [len(rows), column blocks]."""
-        box, tile = self._scale_box(base, rows, columns)
-        stored = self._raw(*box)
+        box, tile = _scale_box(self._chunk(base), rows, columns)
+        stored = self._raw(base + ".weight_scale_inv", *box)
         return stored[tile.to(stored.device)]
-
-    def _scale_box(self, base: str, rows: range, columns: range) -> tuple[Box, torch.Tensor]:
-        """The stored FP8 scales over a box, and which row of them belongs to each of its rows."""
-        tile = self._tiles(base, rows)
-        first, last = int(tile[0]), int(tile[-1])
-        across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
-        return (base + ".weight_scale_inv", range(first, last + 1), across), tile - first
 
     def _scaled(self, box: Box, dtype: torch.dtype, codes: torch.Tensor) -> torch.Tensor:
         """FP8 codes of a box times their scales, which the codec gets one row each (`chunk_rows` 1).
@@ -333,6 +345,30 @@ class Shards:
         left = columns.start % fp8.BLOCK
         padded = torch.nn.functional.pad(codes.view(torch.uint8), (left, 0)).view(torch.float8_e4m3fn)
         return fp8.dequantize(padded, scales, 1, dtype, name=base)[:, left:]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The FP8 scales over parts of matrices, one below the other: whether the parts stay FP8 (`Shards.stays_fp8`), the
+    rows and columns of scales of each part, and of those together the row [N] that belongs to each row of codes."""
+
+    stays: bool
+    boxes: list[tuple[range, range]]
+    tile: torch.Tensor
+
+
+def _tiles(chunk: int, rows: range) -> torch.Tensor:
+    """The row of FP8 scales that belongs to each of `rows`, of a matrix whose tiles restart after `chunk` rows."""
+    row = torch.arange(rows.start, rows.stop)
+    return row // chunk * -(-chunk // fp8.BLOCK) + row % chunk // fp8.BLOCK
+
+
+def _scale_box(chunk: int, rows: range, columns: range) -> tuple[tuple[range, range], torch.Tensor]:
+    """The rows and columns of FP8 scales over a box, and which of these rows belongs to each of its rows."""
+    tile = _tiles(chunk, rows)
+    first, last = int(tile[0]), int(tile[-1])
+    across = range(columns.start // fp8.BLOCK, -(-columns.stop // fp8.BLOCK))
+    return (range(first, last + 1), across), tile - first
 
 
 def _divided(columns: range, by: int) -> range:

@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Times:
-    """Seconds of the reading threads, summed over them, and what they did; `waiting` is the caller's own."""
+    """Seconds of the threads, summed over them, and what they did; `waiting` is the caller's own."""
 
     reading: float = 0.0
     """in calls that read, and in cutting columns out of rows"""
@@ -72,9 +72,9 @@ class Times:
     slots: float = 0.0
     """waiting for a pinned buffer to be copied: above zero where copies, not files, are the limit"""
     copying: float = 0.0
-    """asking for copies"""
+    """asking for copies, which one thread does"""
     using: float = 0.0
-    """in what `hand` calls: on a GPU, asking for what packs experts, and for memory before"""
+    """in what `hand` calls: on a GPU that thread's too, asking for what packs experts, and for memory before"""
     waiting: float = 0.0
     """of the caller, until what it asked for was read"""
     reads: int = 0
@@ -96,14 +96,15 @@ class _Slot:
     buffer: torch.Tensor = field(default_factory=_nothing)
     event: torch.cuda.Event | None = None
 
-    def ready(self, size: int) -> torch.Tensor:
+    def ready(self, size: int, device: torch.device) -> torch.Tensor:
         """The buffer, at least `size` bytes of it, when nothing reads it any more."""
         if self.event is None:
             self.event = torch.cuda.Event(blocking=True)
         elif len(self.buffer):
             self.event.synchronize()
         if len(self.buffer) < size:
-            self.buffer = torch.empty(max(size, SLOT_BYTES), dtype=torch.uint8, pin_memory=True)
+            with torch.cuda.device(device):  # other threads have another current device
+                self.buffer = torch.empty(max(size, SLOT_BYTES), dtype=torch.uint8, pin_memory=True)
         return self.buffer
 
 
@@ -159,12 +160,14 @@ class _Slots:
         """Makes them one after the other, as a driver does it anyway; whoever takes one that is not made yet makes
         it."""
         began = time.perf_counter()
-        with torch.cuda.device(self.device):  # other threads have another current device
-            for _ in range(self.count):
-                slot = self.free.get()
-                slot.ready(SLOT_BYTES)
-                self.free.put(slot)
+        for _ in range(self.count):
+            slot = self.free.get()
+            slot.ready(SLOT_BYTES, self.device)
+            self.free.put(slot)
         return Times(pinning=time.perf_counter() - began)
+
+
+Task = Future  # of Times, or of the task that goes on with what this one has read
 
 
 class _Reading(Filling):
@@ -172,7 +175,7 @@ class _Reading(Filling):
 
     def __init__(
         self,
-        tasks: list[Future[Times]],
+        tasks: list[Task],
         times: Times,
         stream: torch.cuda.Stream | None = None,
         used: torch.cuda.Stream | None = None,
@@ -183,7 +186,8 @@ class _Reading(Filling):
         began = time.perf_counter()
         try:
             for task in self.tasks:
-                self.times.add(task.result())
+                done = task.result()
+                self.times.add(done.result() if isinstance(done, Future) else done)
         finally:  # after an error nobody waits for what was not begun
             for task in self.tasks:
                 task.cancel()
@@ -207,6 +211,7 @@ class StagedCheckpoint(Checkpoint):
         self._parts = max(1, threads // 4)
         self._handing = ThreadPoolExecutor(threads, "read")
         self._gathering = ThreadPoolExecutor(self._parts, "gather")  # never queues behind what takes long
+        self._copying = ThreadPoolExecutor(1, "copy")  # the driver takes one at a time anyway
         self._slots = _Slots(int(_SLOTS_A_THREAD * threads) + 1, self.device)
         self._copies: torch.cuda.Stream | None = None  # of what `hand` reads, and where it is used
         self._uses: torch.cuda.Stream | None = None
@@ -244,10 +249,13 @@ class StagedCheckpoint(Checkpoint):
         return out
 
     def gather(self, boxes: Iterable[Box], out: torch.Tensor) -> None:
+        self.begin(boxes, out).wait()
+
+    def begin(self, boxes: Iterable[Box], out: torch.Tensor) -> Filling:
         assert out.dtype == torch.uint8
         most = min(SLOT_BYTES, max(LEAST_BYTES, -(-len(out) // self._parts)))  # a part for every thread
         landing = _Landing(self.device, self._stream(), len(out), out)
-        _Reading(self._begin(self._gathering, landing, boxes, most), self.times).wait()
+        return _Reading(self._begin(self._gathering, landing, boxes, most), self.times)
 
     def hand(self, jobs: Sequence[Job]) -> Filling:
         stream, tasks, self._pins = self._stream(), self._pins, []
@@ -260,9 +268,7 @@ class StagedCheckpoint(Checkpoint):
             tasks += self._begin(self._handing, landing, boxes, SLOT_BYTES)
         return _Reading(tasks, self.times, stream, self._uses)
 
-    def _begin(
-        self, pool: ThreadPoolExecutor, landing: _Landing, boxes: Iterable[Box], most: int
-    ) -> list[Future[Times]]:
+    def _begin(self, pool: ThreadPoolExecutor, landing: _Landing, boxes: Iterable[Box], most: int) -> list[Task]:
         """Tasks that bring the bytes of boxes, one box after the other, up to `most` bytes each."""
         groups = [*_filled(self._pieces(boxes), most)] or [[]]
         starts = [*itertools.accumulate((sum(p.size for p in pieces) for pieces in groups), initial=0)]
@@ -276,7 +282,7 @@ class StagedCheckpoint(Checkpoint):
         super().close()
 
     def _end(self) -> None:
-        for pool in (self._handing, self._gathering):
+        for pool in (self._handing, self._gathering, self._copying):
             pool.shutdown(cancel_futures=True)
         if self._uses is not None:  # also after an error nobody gets memory that is still written
             torch.cuda.current_stream(self.device).wait_stream(self._uses)
@@ -289,18 +295,19 @@ class StagedCheckpoint(Checkpoint):
         tensors."""
         file, begin, end = "", 0, 0
         for name, rows, columns in boxes:
-            spec, offset = self.spec(name), self._offsets[name]
-            size, across = DTYPE_BYTES[spec.dtype], spec.shape[-1] if spec.shape else 1
+            _, dtype, shape, its_file = self.specs[name]
+            offset, across = self._offsets[name], shape[-1] if shape else 1
+            size = DTYPE_BYTES[dtype]
             width = size * across
             first, last = offset + rows.start * width, offset + rows.stop * width
-            whole = len(columns) == across
-            if whole and first == end and spec.file == file:
+            whole = columns.stop - columns.start == across
+            if whole and first == end and its_file == file:
                 end = last
                 continue
-            self._descriptor(spec.file)  # opened here, by one thread
+            self._descriptor(its_file)  # opened here, by one thread
             if end > begin:
                 yield Piece(file, begin, 1, end - begin, 0, end - begin)
-            file, begin, end = spec.file, first, last if whole else first
+            file, begin, end = its_file, first, last if whole else first
             if not whole:
                 yield Piece(file, first, len(rows), width, size * columns.start, size * columns.stop)
                 file = ""
@@ -308,33 +315,42 @@ class StagedCheckpoint(Checkpoint):
             yield Piece(file, begin, 1, end - begin, 0, end - begin)
 
     @torch.inference_mode()  # which threads do not inherit: `out` may have been made in it, and may be written in it
-    def _take(self, pieces: list[Piece], landing: _Landing, at: int) -> Times:
-        """Reads pieces one after the other to their place; for a GPU into a buffer first, and enqueues its copy."""
+    def _take(self, pieces: list[Piece], landing: _Landing, at: int) -> Times | Task:
+        """Reads pieces one after the other to their place; for a GPU into a buffer first, which goes to the thread that
+        asks for copies."""
         size = sum(p.size for p in pieces)
         if landing.stream is None:
             times = self._read_pieces(pieces, landing.part(at, size))
-        else:
-            times = self._stage(pieces, size, landing, at)
-        began = time.perf_counter()
-        landing.arrived()
-        times.using = time.perf_counter() - began
-        return times
-
-    def _stage(self, pieces: list[Piece], size: int, landing: _Landing, at: int) -> Times:
+            began = time.perf_counter()
+            landing.arrived()
+            times.using = time.perf_counter() - began
+            return times
         began = time.perf_counter()
         slot = self._slots.free.get()
         try:
-            with torch.cuda.stream(landing.stream):  # and its device, which pinned memory belongs to as well
-                staged = slot.ready(size)[:size]
-                slots = time.perf_counter() - began
-                times = self._read_pieces(pieces, staged)
-                began = time.perf_counter()
-                landing.part(at, size).copy_(staged, non_blocking=True)
+            staged = slot.ready(size, self.device)[:size]
+            slots = time.perf_counter() - began
+            times = self._read_pieces(pieces, staged)
+            times.slots = slots
+            return self._copying.submit(self._copy, slot, staged, landing, at, times)
+        except BaseException:
+            self._slots.free.put(slot)
+            raise
+
+    @torch.inference_mode()
+    def _copy(self, slot: _Slot, staged: torch.Tensor, landing: _Landing, at: int, times: Times) -> Times:
+        """Enqueues the copy of a buffer, and what uses it where it was the last one."""
+        began = time.perf_counter()
+        try:
+            with torch.cuda.stream(landing.stream):
+                landing.part(at, len(staged)).copy_(staged, non_blocking=True)
                 assert slot.event is not None
                 slot.event.record(landing.stream)
-                times.slots, times.copying = slots, time.perf_counter() - began
         finally:
             self._slots.free.put(slot)
+        copied = time.perf_counter()
+        landing.arrived()
+        times.copying, times.using = copied - began, time.perf_counter() - copied
         return times
 
     def _read_pieces(self, pieces: list[Piece], out: torch.Tensor) -> Times:

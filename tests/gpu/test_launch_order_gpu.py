@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mimo_kernels import fp8, linear, moe, residual, router
+from mimo_kernels import fp8, linear, moe, residual
+from mimo_kernels.router import Router
 from mimo_kernels.window import attend
 
 triton = pytest.importorskip("triton")
@@ -107,8 +108,7 @@ class Chain:
             qkv = linear.linear(normed, w.qkv)
             out = attend(qkv, self.cos, self.sin, *cache, self.start, **kw)
             x, normed = residual.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
-            weights, ids = router.route(normed, w.router, w.bias, self.top_k, normalise=True)
-            part = moe.parts(normed, ids, weights, w.experts)
+            part, _, ids = moe.routed(normed, Router(w.router, w.bias, self.top_k, normalise=True), w.experts)
             left += [x, ids, part]
         return left
 

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from mimo_kernels import moe, moe_many, mxfp4
+from mimo_kernels import moe, moe_many, mxfp4, router
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +61,30 @@ def test_tokens(shape, generator):
             x, ids, weights = random_tokens(tokens, 8, 24, shape[0], generator)
             y = moe.moe(x, ids.to(dtype), weights, packed)
             assert relative_error(y, x, ids, weights, experts) < 1e-2, tokens
+
+
+@pytest.mark.parametrize("shape", [(*FLASH_TP4, 256), (*PRO_TP8, 384), (2048, 128, 40)], ids=str)
+def test_experts_that_are_chosen(shape, generator):
+    """The choice inside of the kernel of experts is the router's, and what follows has the bits of `parts` of it."""
+    hidden, inter, count = shape
+    packed = moe.pack_experts(random_experts(count, hidden, inter, generator))
+    matrix = torch.randn(count, hidden, generator=generator, device="cuda") / hidden**0.5
+    one, several = (torch.randn(*n, count, generator=generator, device="cuda") / 10 for n in ((), (7,)))
+    for tokens in range(1, 17):
+        x = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16()
+        positions = torch.randint(0, 1000, (tokens,), generator=generator, device="cuda")
+        for bias, normalise in ((one, True), (several, False)):
+            steering = router.Router(matrix, bias, 8, normalise, 1.3)
+            found, weights, ids = moe.routed(x, steering, packed, positions)
+            expected, chosen = router.reference(
+                x, matrix, bias, 8, normalise=normalise, scaling=1.3, positions=positions, dtype=torch.float64
+            )
+            same = (ids == chosen).all(-1)  # else two of a row lie within a rounding of each other
+            assert same.sum() >= tokens - 1 and (weights[same] - expected[same]).abs().max() < 1e-5
+            assert torch.equal(found, moe.parts(x, ids, weights, packed))
+            alone = moe.routed(x[:1], steering, packed, positions[:1])
+            if tokens <= 8:  # more rows are another kernel's
+                assert torch.equal(alone[2], ids[:1]) and torch.equal(alone[0][:, 0], found[:, 0])
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

@@ -42,6 +42,7 @@ inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); retu
 inline float __int_as_float(unsigned v) { return __uint_as_float(v); }
 inline unsigned __float_as_uint(float f) { unsigned v; std::memcpy(&v, &f, 4); return v; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(unsigned v) { return __builtin_ffs(v); }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline long long clock64() {  // of 2 GHz
@@ -129,6 +130,24 @@ inline void give(std::initializer_list<unsigned> values) {
 inline float __shfl_xor_sync(unsigned, float v, int mask) {
     give({__float_as_uint(v)});
     return __uint_as_float(words_of(block->now % 32 ^ mask)[0]);
+}
+template <class T> T __shfl_sync(unsigned, T v, int lane) {
+    unsigned word;
+    std::memcpy(&word, &v, 4);
+    give({word});
+    std::memcpy(&v, words_of(lane), 4);
+    return v;
+}
+inline unsigned __ballot_sync(unsigned, bool v) {
+    give({unsigned(v)});
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; lane++) all |= words_of(lane)[0] << lane;
+    return all;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    give({v});
+    for (int lane = 0; lane < 32; lane++) v = max(v, words_of(lane)[0]);
+    return v;
 }
 
 inline void wait_for_predecessor() {}

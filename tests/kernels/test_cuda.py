@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mimo_kernels import allreduce, bench, cuda, linear, linear_cuda, moe_cuda, norm_cuda, router_cuda, window_cuda
+from mimo_kernels.router import Router
 from tests.kernels import sass
 from tests.kernels.triton_tools import needs_tools
 
@@ -232,6 +233,15 @@ def test_machine_code_of_experts(name, tp, launched):
         assert sum(i.op.startswith("HMMA") for i in loop) == weights_a_lane / 8
     code = machine(combine)
     assert always_releases(code) and not early(code)
+    # The same with the choice in it, before which the bias is read, and the position that says which.
+    logits = torch.empty(ROWS, g.experts, device="meta")
+    steering = Router(logits, torch.empty(9, g.experts, device="meta"), g.top_k, normalise=True)
+    positions = torch.empty(ROWS, dtype=torch.int64, device="meta")
+    (chosen,) = launched(lambda: moe_cuda.routed(bf16(ROWS, g.hidden), logits, steering, positions, packed))
+    code = machine(chosen)
+    assert code.registers <= 128
+    loads = (1 + -(-g.experts // 32)) * ["LDG.E"] + g.hidden // 8 * ROWS // 512 * ["LDG.E.NA.128"]
+    assert sorted(early(code)) == loads
 
 
 def _products():

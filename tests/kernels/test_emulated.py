@@ -6,7 +6,7 @@ forever. What a GPU adds is its own arithmetic and its memory model; tests/gpu h
 import pytest
 import torch
 
-from mimo_kernels import attention, fp8, heads, linear, linear_cuda, moe, moe_cuda, router_cuda, window_cuda
+from mimo_kernels import attention, fp8, heads, linear, linear_cuda, moe, moe_cuda, router, router_cuda, window_cuda
 from tests.kernels.emulator import emulated, needs_compiler  # noqa: F401
 
 pytestmark = needs_compiler
@@ -171,6 +171,46 @@ def test_experts(inter, generator, emulated):  # noqa: F811
     assert all(same_bits(y, found[0]) for y in found)
     alone = moe_cuda.moe(x[1:2].contiguous(), ids[1:2], weights[1:2], packed)
     assert same_bits(alone[0], found[0][1])
+
+
+@pytest.mark.parametrize(("count", "top_k"), [(6, 2), (40, 3), (70, 8)])
+def test_experts_that_are_chosen(count, top_k, generator, emulated):  # noqa: F811
+    """The choice from logits inside of the kernel is the router's, with its ties, and products are bit for bit those
+    when this choice is given."""
+    packed = moe.pack_experts(random_experts(count, 2048, 128, generator))
+    x = normal(3, 2048, generator=generator)
+    matrix = torch.randn(count, 2048, generator=generator) / 40
+    matrix[3], matrix[count - 1] = matrix[1], matrix[0]  # equal logits: the lower id comes first
+    one, several = torch.randn(count, generator=generator) / 10, torch.randn(5, count, generator=generator) / 10
+    one[[0, 1, 3, count - 1]] = 0.5
+    positions = torch.tensor([3, 4, 1005])
+    for bias, normalise in ((one, True), (several, False), (several.round(), True)):
+        steering = router.Router(matrix, bias, top_k, normalise, 1.7)
+        emulated(1)
+        logits = router_cuda.logits(x, matrix)
+        emulated(2, together=True, multiprocessors=2)
+        found, weights, ids = moe_cuda.routed(x, logits, steering, positions, packed)
+        expected, chosen = router.reference(
+            x, matrix, bias, top_k, normalise=normalise, scaling=1.7, positions=positions, dtype=torch.float64
+        )
+        assert torch.equal(ids, chosen) and (weights - expected).abs().max() < 1e-5
+        assert same_bits(found, moe_cuda.parts(x, ids, weights, packed))
+        alone = moe_cuda.routed(x[1:2].contiguous(), logits[1:2].contiguous(), steering, positions[1:2], packed)
+        assert torch.equal(alone[2], ids[1:2]) and same_bits(alone[0], found[:, 1:2])
+
+
+def test_experts_are_chosen_whatever_the_logits(generator, emulated):  # noqa: F811
+    """NaN counts as the largest, and ids are distinct and of experts."""
+    packed, top_k = moe.pack_experts(random_experts(6, 2048, 128, generator)), 4
+    nan, inf = float("nan"), float("inf")
+    rows = [[nan] * 6, [-inf, inf, nan, -inf, 0, 1], [-inf] * 6]
+    logits, x = torch.tensor(rows), normal(3, 2048, generator=generator)
+    emulated(multiprocessors=1)
+    steering = router.Router(torch.empty(6, 2048), torch.zeros(6), top_k, normalise=False)
+    _, weights, ids = moe_cuda.routed(x, logits, steering, None, packed)
+    assert ids.tolist() == [[0, 1, 2, 3], [2, 1, 5, 4], [0, 1, 2, 3]]
+    assert weights[0].isnan().all() and weights[1, 0].isnan() and not weights[2].any()
+    assert weights[1, 1:].tolist() == pytest.approx([1, 0.7310586, 0.5])
 
 
 def test_experts_without_their_counts_are_wrong(generator, emulated):  # noqa: F811

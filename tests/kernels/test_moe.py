@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimo_kernels import moe, mxfp4
+from mimo_kernels import moe, mxfp4, router
 from tests.kernels.triton_tools import (
     compile_for_sm90,
     inside,
@@ -325,6 +325,25 @@ def test_everything_compiles(kernels, tokens):
         constants = constants | {k: v for k, v in ones.items() if k in kernel.arg_names}
         code, _, _ = compile_for_sm90(kernel, pointers, constants, tile.warps, tile.stages)
         assert not spills(code)
+
+
+# ---- with a router
+
+
+def test_routed_without_a_gpu_is_the_router_and_then_the_experts():
+    experts = random_experts(6, 64, 32)
+    packed = moe.pack_experts(experts)
+    x, positions = torch.randn(3, 64).bfloat16(), torch.tensor([4, 9, 2])
+    steering = router.Router(torch.randn(6, 64), torch.randn(5, 6), 2, normalise=True, scaling=1.5)
+    found, weights, ids = moe.routed(x, steering, packed, positions)
+    expected = router.route(x, steering.weight, steering.bias, 2, normalise=True, scaling=1.5, positions=positions)
+    assert torch.equal(weights, expected[0]) and torch.equal(ids, expected[1])
+    assert torch.equal(found, moe.moe(x, ids, weights, packed))
+    with pytest.raises(ValueError, match="positions: missing"):
+        moe.routed(x, steering, packed)
+    few = router.Router(torch.randn(5, 64), torch.randn(5), 2, normalise=True)
+    with pytest.raises(ValueError, match="router: 5 experts, of which 6 are given"):
+        moe.routed(x, few, packed)
 
 
 # ---- the benchmark

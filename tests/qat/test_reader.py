@@ -7,9 +7,11 @@ import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mimo_kernels import fp8, mxfp4
+from mimo_qat.checkpoint.folder import TensorFolder
 from mimo_qat.checkpoint.layout import drafter_tensors
 from mimo_qat.checkpoint.reader import Checkpoint, load_model, load_model_with_report, read_drafter
 
@@ -258,6 +260,55 @@ def test_a_hostile_header(tmp_path, header):
     with pytest.raises(ValueError) as caught:
         Checkpoint(tmp_path)
     assert_one_line(caught, "model.safetensors")
+
+
+SOUND = '"dtype":"U8","shape":[8],"data_offsets":[0,8]'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{}",  # bytes that no tensor accounts for
+        '{"a":null}',
+        '{"a":{"dtype":"U8","data_offsets":[0,8]}}',
+        '{"a":{"dtype":["U8"],"shape":[8],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":8,"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":[8.0],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":[true,8],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":["8"],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":[-2,-4],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0.0,8.0]}}',
+        '{"a":{"dtype":"U8","shape":[8],"data_offsets":[false,8]}}',
+        '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8,8]}}',
+        '{"a":{"dtype":"U8","shape":[8],"data_offsets":"08"}}',
+        f'{{"a":{{{SOUND}}},"b":{{"dtype":"U8","shape":[-1],"data_offsets":[8,7]}}}}',
+        f'{{"a":{{{SOUND}}},"b":{{"dtype":"U8","shape":[{2**62},{2**62},0],"data_offsets":[8,8]}}}}',
+        f'{{"a":{{{SOUND}}},"b":{{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}}}',
+        f'{{"a":{{{SOUND},"dtype":"U8"}}}}',
+        f'{{"\\ud800":{{{SOUND}}}}}',
+        f'{{"a":{{{SOUND}}},"__metadata__":[]}}',
+        f'{{"a":{{{SOUND}}},"__metadata__":{{"a":1}}}}',
+    ],
+)
+def test_what_the_library_refuses_is_refused(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
+    with pytest.raises(SafetensorError), safe_open(path, framework="np"):
+        pass
+    with pytest.raises(ValueError) as caught:
+        TensorFolder(tmp_path)
+    assert_one_line(caught, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "more", ["", ',"b":{"dtype":"F32","shape":[3,0],"data_offsets":[0,0]}', ',"__metadata__":null']
+)
+def test_headers_that_only_look_odd(tmp_path, more):
+    path, header = tmp_path / "model.safetensors", f' {{"a":{{{SOUND},"note":1}}{more}}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(range(8)))
+    with safe_open(path, framework="np") as library:
+        assert set(TensorFolder(tmp_path).names) == set(library.keys())
+    assert TensorFolder(tmp_path).rows("a").tolist() == list(range(8))
 
 
 def test_a_header_longer_than_any_file(tmp_path):

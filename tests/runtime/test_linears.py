@@ -79,7 +79,7 @@ def test_shapes_decide_what_stays_fp8(tmp_path, tiny_config, make_model, changes
         matrices += [(shards.qkv_boxes(i), target.layers[i].attention.qkv) for i in range(2)]
         for boxes, w in matrices:
             try:
-                packed = pack_fp8(*shards.fp8_codes(boxes), 1)
+                packed = pack_fp8(*shards.fp8_codes(boxes)(), 1)
             except ValueError:
                 packed = None
             assert shards.stays_fp8(boxes) == (packed is not None) == isinstance(w, Fp8Weight)

@@ -83,6 +83,7 @@ class LazyGpu:
         for name, stand_in in (("Stream", LazyStream), ("Event", LazyEvent), ("stream", self.stream)):
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.Tensor, "copy_", copy_later)
         monkeypatch.setattr(torch.Tensor, "record_stream", record)
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
@@ -147,6 +148,20 @@ def test_many_boxes_at_once(staged, release):
     assert torch.equal(out[1:-1], expected) and out[0] == out[-1] == 0
     mapped.gather(boxes, out[1:-1])
     assert torch.equal(out[1:-1], expected)
+
+
+def test_several_gathers_are_begun_before_one_is_waited_for(staged, release):
+    """And are waited for in whatever order."""
+    (reader, gpu), mapped, begun = staged, Checkpoint(release), []
+    for name in (n for n in mapped.names if n.endswith("qkv_proj.weight")):
+        out = torch.zeros(mapped.spec(name).nbytes, dtype=torch.uint8)
+        begun.append((name, out, reader.begin([(name, *map(range, mapped.spec(name).shape))], out)))
+    for _, _, filling in begun[::-1]:
+        filling.wait()
+    arrived(gpu)
+    assert len(begun) > 1
+    for name, out, _ in begun:
+        assert torch.equal(out, mapped.raw(name).view(torch.uint8).flatten()), name
 
 
 def test_what_is_read_ahead_is_given_once_and_aligned(release):
