@@ -11,8 +11,9 @@ holds the weights themselves and packs them slowly.)
 
 Where the time goes: the caller's seconds are one after the other (proving the headers; memory for the experts and
 planning their reads; the spine, while experts are read; waiting for the rest of them; and the GPU's rest at the end).
-The threads' are summed over them: reading, waiting for a buffer that is still copied, asking for copies, and asking for
-packing. Threads that wait for buffers mean that copies are the limit, a caller that does not wait means that Python is.
+The threads' are summed over them: reading, waiting for a buffer that is still copied, and of the one that copies:
+asking for copies, and asking for packing. Threads that wait for buffers mean that copies are the limit, a caller that
+does not wait means that Python is.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from mimo_runtime.experts import at_once
 from mimo_runtime.load import LoadConfig, open_shards, target_of
 from mimo_runtime.parallel import Ranks
 from mimo_runtime.shards import ExpertRecord
-from mimo_runtime.staging import SLOT_BYTES, StagedCheckpoint, reading_threads
+from mimo_runtime.staging import MOST_THREADS, SLOT_BYTES, StagedCheckpoint
 from mimo_runtime.synthetic import RandomTensors, allocated, model_config
 
 BUFFER = 2**23
@@ -178,7 +179,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     parser.add_argument("--ranks", type=int, default=1, help="load the share of rank 0 of so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=reading_threads(), help="that write, and that read the files")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=min(MOST_THREADS, cores), help="that write, and read the files")
     parser.add_argument("--json", help="file that gets the document too")
     parser.add_argument("--load_alone", action="store_true", help=argparse.SUPPRESS)  # in the process of its own
     options = parser.parse_args()

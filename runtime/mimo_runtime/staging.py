@@ -1,8 +1,9 @@
 """Stored tensors on a device, as fast as the files can be read and with some hundred megabytes of the host's memory.
 
 A mapped file is read by one thread, a page at a time, counts as memory of this process, and reaches a GPU through a
-buffer of the driver. Here threads read plainly. For a GPU they read into pinned buffers, which each takes from a queue
-and gives back as soon as its one copy is under way; the buffer taken is the one whose copy began first.
+buffer of the driver. Here threads read plainly. For a GPU they read into pinned buffers, which each takes from a queue;
+one more thread asks for the copies, since the driver takes one at a time anyway, and gives a buffer back when its copy
+is under way; the buffer taken is the one whose copy began first.
 
 `gather` copies in the order of the stream that asked for it, so what follows on that stream needs no wait. What `hand`
 reads meets on the device, where it is used when the last part of it is on its way. All its copies are on one stream,
@@ -40,9 +41,11 @@ _SLOTS_A_THREAD = 1.25  # copying a buffer takes a tenth of the time of reading 
 
 
 def reading_threads() -> int:
-    """Threads of this process that read at once: ranks of one host share its cores."""
+    """Threads of this process that read at once: ranks of one host share its cores, and some are for the
+    caller and for the thread that copies."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world()[1]))
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks))
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return min(MOST_THREADS, cores - cores // 8)
 
 
 class Piece(NamedTuple):

@@ -350,7 +350,7 @@ def test_the_collector_is_back_after_a_refusal(tmp_path):
 def test_ranks_of_a_host_share_its_cores(monkeypatch):
     monkeypatch.setattr(staging.os, "sched_getaffinity", lambda pid: range(64))
     assert staging.reading_threads() == staging.MOST_THREADS
-    for ranks, threads in ((8, 8), (64, 1), (128, 1)):
+    for ranks, threads in ((4, 14), (8, 7), (16, 4), (64, 1), (128, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert staging.reading_threads() == threads
 
