@@ -1,5 +1,6 @@
 """Reads a DFlash drafter, of a release or of its own folder, as plain tensors beside the target it was trained for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def load_drafter(folder: str | Path, target: Target, cfg: LoadConfig, tokenizer_
 
 
 def drafter_of(
-    stored: tuple[dict, dict[str, torch.Tensor], torch.Tensor],
+    stored: tuple[dict, Mapping[str, torch.Tensor], torch.Tensor],
     target: Target,
     cfg: LoadConfig,
     tokenizer_size: int | None = None,

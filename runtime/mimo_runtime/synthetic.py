@@ -13,7 +13,7 @@ caches, so that rounds at 256K tokens take no prefill of 256K tokens.
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,22 @@ def mxfp4_scale_byte(columns: int) -> int:
     return 127 + round(-0.5 * math.log2(8.56 * 2.5 * columns))
 
 
+class OneByOne(Mapping[str, torch.Tensor]):
+    """All tensors of a table, each made when it is asked for: a rank cuts its share of one before it has the next."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], tensors: RandomTensors):
+        self.specs, self.tensors = specs, tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors.whole(self.specs[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
 class RandomCheckpoint(Checkpoint):
     """A release of a configuration alone, for `Shards`: MXFP4 experts, and QKV and dense MLPs in block FP8."""
 
@@ -188,10 +204,9 @@ def random_model(
     target = target_of(Shards(RandomCheckpoint(config, tensors), load.ranks), load, ())
     if draft_config is None:
         return target, None
-    specs = drafter_tensors(draft_config)
     d = DraftGeometry.from_config(draft_config)
     mask = tensors.whole(TensorSpec("mask_embedding", "BF16", (1, d.hidden_size), ""))[0]
-    stored = {name: tensors.whole(spec) for name, spec in specs.items()}
+    stored = OneByOne(drafter_tensors(draft_config), tensors)
     return target, drafter_of((draft_config, stored, mask), target, load)
 
 

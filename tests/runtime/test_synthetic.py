@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -63,6 +64,23 @@ def engine_of(config: dict, cfg: EngineConfig = TINY, **kw) -> SyntheticEngine:
 
 def matrices(layer):
     return layer.mlp.experts if isinstance(layer.mlp, Moe) else layer.mlp
+
+
+def test_a_drafter_is_never_there_whole(tiny_config, monkeypatch):
+    """Of several ranks each makes a tensor of the drafter, keeps its share, and only then makes the next one."""
+    made_whole, alive, most = RandomTensors.whole, set(), [0]
+
+    def noted(self, spec):
+        tensor = made_whole(self, spec)
+        if len(spec.shape) > 1 and not spec.name.startswith(("model.", "mask")):
+            alive.add(spec.name)
+            weakref.finalize(tensor, alive.discard, spec.name)
+            most[0] = max(most[0], len(alive))
+        return tensor
+
+    monkeypatch.setattr(RandomTensors, "whole", noted)
+    made(tiny_config, 0, 2)
+    assert most[0] == 2  # the one before is given up when the next one is there
 
 
 # --- one model, whatever the ranks ------------------------------------------------------------------------------------
