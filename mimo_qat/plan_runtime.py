@@ -63,12 +63,25 @@ def runtime_bytes(
     }
 
 
+PREFILL_SCORES = 2**27  # of attention: a chunk with more of them has no more rows than LEAST_CHUNK
+LEAST_CHUNK = 256
+
+
+def prefill_rows(start: int, chunk: int, heads: int) -> int:
+    """How many tokens of a prompt are computed at once from position `start` on: `chunk`, or fewer, but for that not
+    below LEAST_CHUNK, so that the scores of `heads` heads over all keys stay within PREFILL_SCORES."""
+    return min(chunk, max(LEAST_CHUNK, PREFILL_SCORES // (heads * (start + chunk))))
+
+
 def workspace_bytes(g: Geometry, verified: int, tp: int, prefill_chunk: int) -> int:
     """Bytes for a prefill chunk (residual stream in float32 twice, the experts' input in another order and their sum, k
-    rows of hidden activations and of outputs) and for the logits of `verified` rows: an estimate."""
+    rows of hidden activations and of outputs; or scores in BF16 and four times in float32) and for the logits of
+    `verified` rows: an estimate, exceeded where LEAST_CHUNK rows have more scores."""
     k, inner = g.num_experts_per_tok, g.moe_intermediate_size
     rows = prefill_chunk * (12 * g.hidden_size + k * 2 * (g.hidden_size + inner // tp))
-    return rows + 4 * verified * g.vocab_size
+    heads = max(layer.heads for layer in g.layers) // tp
+    scores = 18 * min(PREFILL_SCORES, heads * prefill_chunk**2)
+    return max(rows, scores) + 4 * verified * g.vocab_size
 
 
 def _share(name: str, g: Geometry, tp: int) -> float:

@@ -34,8 +34,9 @@ class EngineConfig:
     kernels where dtype is bfloat16 and the GPU has compute capability 9 or more"""
     max_len: int = 4096
     """longest prompt and output together, in tokens; the caches are this long"""
-    prefill_chunk: int = 256
-    """prompt tokens computed at once"""
+    prefill_chunk: int | None = None
+    """prompt tokens computed at once, fewer where their attention would take gigabytes; null takes 2048 on a GPU, whose
+    host is busy as long with a few, and 256 on a CPU"""
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0

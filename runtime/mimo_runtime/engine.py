@@ -28,6 +28,7 @@ from mimo_qat.models.draft_tree import (
     grow_tree_tensors,
     tree_size,
 )
+from mimo_qat.plan_runtime import prefill_rows
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
 from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
@@ -56,6 +57,7 @@ from mimo_runtime.speculate import (
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
+PREFILL_CHUNKS = {"cuda": 2048, "cpu": 256}
 
 
 @dataclass
@@ -345,19 +347,23 @@ class Engine:
         """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once; without the rows of
         positions that the caches have anyway (`_held`)."""
         self._check(ids, None)
-        chunk = chunk or self.cfg.prefill_chunk
-        rows = [
-            target_forward(self.target, self.caches, self._tensor(ids[i : i + chunk]), i)[0]
-            for i in range(self._held(ids), len(ids), chunk)
-        ]
-        return torch.cat(rows)
+        chunks = self._chunks(self._held(ids), len(ids), chunk)
+        return torch.cat([target_forward(self.target, self.caches, self._tensor(ids[c]), c.start)[0] for c in chunks])
 
     def _prefill(self, ids: list[int], drafter: Drafter | None) -> torch.Tensor:
         """Logits [1, vocabulary] after the prompt; fills the caches."""
-        for start in range(self._held(ids), len(ids), self.cfg.prefill_chunk):
-            chunk = ids[start : start + self.cfg.prefill_chunk]
-            logits = self._advance(drafter, self._tensor(chunk), start, len(chunk) - 1)
+        for c in self._chunks(self._held(ids), len(ids)):
+            logits = self._advance(drafter, self._tensor(ids[c]), c.start, c.stop - c.start - 1)
         return logits
+
+    def _chunks(self, start: int, end: int, chunk: int | None = None) -> Iterator[slice]:
+        """The parts of a prompt that are computed at once, of up to `chunk` tokens."""
+        most = chunk or self.cfg.prefill_chunk or PREFILL_CHUNKS[self.device.type]
+        heads = max(layer.attention.geometry.heads for layer in self.target.layers)
+        while start < end:
+            stop = min(end, start + prefill_rows(start, most, heads))
+            yield slice(start, stop)
+            start = stop
 
     def _held(self, ids: list[int]) -> int:
         """How many of the first positions of a prompt the caches have before its prefill."""
@@ -484,7 +490,7 @@ def _check_settings(cfg: EngineConfig) -> None:
     """ValueError for what can be seen before a model is read, which may take minutes."""
     if cfg.max_len < 2:
         raise ValueError(f"max_len is {cfg.max_len}; give at least 2, a prompt and a new token")
-    if cfg.prefill_chunk < 1:
+    if cfg.prefill_chunk is not None and cfg.prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {cfg.prefill_chunk}; give at least 1")
     if cfg.rank_timeout <= 0:
         raise ValueError(f"rank_timeout is {cfg.rank_timeout}; give the seconds after which a rank is late")

@@ -37,7 +37,7 @@ from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
 from mimo_runtime.draft_model import new_draft_caches
-from mimo_runtime.engine import BLOCK, DTYPES, Engine
+from mimo_runtime.engine import BLOCK, DTYPES, PREFILL_CHUNKS, Engine
 from mimo_runtime.load import Drafter, Layer, LoadConfig, Moe, Target, target_of
 from mimo_runtime.load_drafter import drafter_of
 from mimo_runtime.model import new_caches, rotations
@@ -347,7 +347,7 @@ def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: in
         "experts": allocated(routed),
         "spine": allocated(target) - allocated(routed),
         "drafter": allocated(drafter),
-        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk),
+        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk or PREFILL_CHUNKS["cuda"]),
         "kv": kv,
     }
 

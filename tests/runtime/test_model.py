@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mimo_qat import plan_runtime
 from mimo_qat.checkpoint.reader import load_model, read_drafter
 from mimo_runtime import load_drafter as load_drafter_module
 from mimo_runtime.cache import LinearCache, RingCache, visible
@@ -211,3 +212,20 @@ def test_stop_tokens_are_those_of_the_first_file_that_has_them(tmp_path, generat
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert stop_tokens(tmp_path, {"eos_token_id": 7}) == expected
+
+
+def test_prompts_are_computed_in_chunks_that_shrink_with_their_keys(reference, monkeypatch):
+    """Scores within 2^27, but never fewer than 256 rows for that; and all chunks together give what one gives."""
+    assert plan_runtime.prefill_rows(0, 2048, 16) == 2048
+    assert plan_runtime.prefill_rows(6000, 2048, 16) == 2**27 // (16 * 8048)
+    assert plan_runtime.prefill_rows(10**6, 2048, 16) == 256
+    assert plan_runtime.prefill_rows(10**6, 100, 16) == 100
+    ids, whole = some_ids(70), engine_for(reference).logits(some_ids(70))
+    monkeypatch.setattr(plan_runtime, "PREFILL_SCORES", 8 * 4 * 40)
+    monkeypatch.setattr(plan_runtime, "LEAST_CHUNK", 8)
+    cut = engine_for(reference, prefill_chunk=30)
+    heads = max(layer.attention.geometry.heads for layer in cut.target.layers)
+    sizes = [c.stop - c.start for c in cut._chunks(0, 70)]
+    assert sum(sizes) == 70 and sizes[0] == max(8, 8 * 4 * 40 // (heads * 30)) and sorted(sizes, reverse=True) == sizes
+    assert (cut.logits(ids) - whole).abs().max() < 1e-4
+    assert (cut.last_logits(ids) - whole[-1]).abs().max() < 1e-4

@@ -333,7 +333,7 @@ def test_the_planner_agrees(name, size):
     """
     config = model_config(name, None)
     found = memory(config, default_drafter_config(config), size, EngineConfig(linears="plain"))
-    plan = runtime_bytes(config, size, list(CONTEXTS), 256, experts="mxfp4", spine="bf16")
+    plan = runtime_bytes(config, size, list(CONTEXTS), 2048, experts="mxfp4", spine="bf16")
     assert found["experts"] == plan["experts"] and found["workspace"] == plan["workspace"] > 0
     heads, sliding = (64, 39) if name == "flash" else (128, 60)
     assert found["spine"] == plan["spine"] + 2 * heads * sliding
