@@ -192,8 +192,8 @@ struct Source {
 // With CHOOSE, ids and weights are written, by one block: what was chosen from logits float32 [tokens, EXPERTS] and the bias
 // float32 [biases, EXPERTS], of which token n has row positions[n] % biases.
 //
-// x and the bias are read before the wait: they are older than what the kernel before this one makes (`launch` says who
-// sees to that).
+// x, the bias and positions are read before the wait: they are older than what the kernel before this one makes (`launch`
+// says who sees to that).
 //
 // One block a multiprocessor, all of them resident, since the second product waits for strips of the first that other
 // blocks make: those come before in every block's order, so that somebody can always go on.

@@ -34,7 +34,7 @@ or biased SwiGLU, scale bytes above 128 (weights above 12).
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad, silu
@@ -162,8 +162,11 @@ def routed(
         weights, ids = router.route(x, positions)
         return parts(x, ids, weights, experts), weights, ids
     _check_x(x, experts)
-    x = x.contiguous()
-    return moe_cuda.routed(x, router_cuda.logits(x, router.weight), router, positions, experts)
+    # What the experts read early comes before the logits, which are the border.
+    x, bias = x.contiguous(), router.bias.contiguous()
+    at = None if bias.ndim == 1 or positions is None else positions.long().contiguous()
+    logits = router_cuda.logits(x, router.weight)
+    return moe_cuda.routed(x, logits, replace(router, bias=bias), at, experts)
 
 
 def combine(update: torch.Tensor) -> torch.Tensor:

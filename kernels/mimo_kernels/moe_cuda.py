@@ -42,12 +42,12 @@ def parts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pa
 def routed(
     x: torch.Tensor, logits: torch.Tensor, router: Router, positions: torch.Tensor | None, experts: PackedExperts
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`moe.routed` of the router's logits float32 [T, E], for checked CUDA arguments that `fits`."""
+    """`moe.routed` of the router's logits float32 [T, E], for checked CUDA arguments that `fits`; all contiguous, and
+    `positions` int64 where there are several rows of biases."""
     ids = torch.empty(len(x), router.top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(len(x), router.top_k, dtype=torch.float32, device=x.device)
-    bias = router.bias.contiguous()
-    at = ids if positions is None else positions.long().contiguous()  # not read where there is one row of biases
-    choice = (logits, bias, at, len(bias) if bias.ndim == 2 else 1, int(router.normalise), float(router.scaling))
+    at, rows = ids if positions is None else positions, len(router.bias) if router.bias.ndim == 2 else 1
+    choice = (logits, router.bias, at, rows, int(router.normalise), float(router.scaling))
     return _launch(x, ids, weights, experts, choice), weights, ids
 
 

@@ -21,7 +21,7 @@ logits(float* out, const uint4* w, const uint2* x, int experts, int tokens) {
 #pragma unroll
     for (int i = 0; i < STEPS; i++) weights[i] = early(w + size_t(min(e, experts - 1)) * (HIDDEN / 4) + i * WARPS * 32 + tid);
     wait_for_predecessor();
-    let_successor_begin();  // not before: experts, which come behind the choice, read x before they wait
+    let_successor_begin();  // not before: experts, which come next, read x before they wait
     for (int first = 0; first < tokens; first += TOKENS, x += TOKENS * (HIDDEN / 4), out += TOKENS * experts) {
         const int here = min(tokens - first, TOKENS);
         float acc[TOKENS];

@@ -1,4 +1,5 @@
-"""Launches `router.cu`: the logits of at most 16 tokens. `router` defines them, `router_triton` chooses from them."""
+"""Launches `router.cu`: the logits of at most 16 tokens. `router` defines them; `moe.cu` chooses from them, or
+`router_triton`."""
 
 import torch
 

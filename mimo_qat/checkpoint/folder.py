@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from mimo_qat.checkpoint.geometry import MAX_JSON_BYTES, brief, parse_json
+from mimo_qat.checkpoint.geometry import brief, parse_json
 from mimo_qat.checkpoint.layout import DTYPE_BYTES, TensorSpec, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 PIECE_BYTES = 2**23
 MAX_ELEMENTS = 2**63  # more is a damaged shape
+MAX_HEADER_BYTES = 10**8  # the library's limit
 MAX_FILE_NAME = 255  # bytes, on every usual file system
 TORCH_DTYPES = {
     "U8": torch.uint8,
@@ -49,18 +50,19 @@ def inside(folder: Path, name: Any) -> Path:
 def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str, str], dict[str, int]]:
     """({name: TensorSpec with this `file`, in file order}, metadata, {name: offset of its bytes}) of a file.
 
-    Proves what the library safetensors does: tensors lie one after the other, without gaps, to the end of the file. It
-    would map the file, which waits for threads that pin memory meanwhile. ValueError names the file and the fault.
+    Proves that tensors lie one after the other, without gaps, to the end of the file. The library safetensors, which
+    does so too, would map the file, and that waits for threads that pin memory meanwhile. ValueError names the file and
+    the fault.
     """
     if len(path.name.encode("utf-8", "surrogatepass")) > MAX_FILE_NAME:
         raise ValueError(f"{path.parent}: the index names a file of {len(path.name)} characters; fetch the index again")
     if not path.is_file():
         raise ValueError(f"{path} is named by the index but does not exist; fetch or write that file again")
     size = path.stat().st_size
-    with path.open("rb", buffering=0) as f:
+    with path.open("rb") as f:
         prefix = f.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(MAX_JSON_BYTES, size - 8):
+        if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{path} is not a safetensors file or was cut off in its header; fetch it again")
         raw = f.read(length)
 
@@ -83,11 +85,11 @@ def read_header(path: Path, file: str) -> tuple[dict[str, TensorSpec], dict[str,
     for name, entry in ordered:
         dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
         if str(dtype) not in DTYPE_BYTES:
-            raise ValueError(f"{path}: {name} has dtype {brief(dtype)}, which no release uses; export it again")
+            raise ValueError(f"{path}: {brief(name)} has dtype {brief(dtype)}, which no release uses; export it again")
         count = _elements(shape)
         end = begin + DTYPE_BYTES[dtype] * count
-        if count < 0 or place != [begin, end] or not type(place[0]) is type(place[1]) is int:
-            raise damaged(f"{name}, {dtype} {brief(shape)}, cannot be at {brief(place)} behind byte {begin}")
+        if count < 0 or place != [begin, end] or not type(place[0]) is type(place[1]) is int or end > size - payload:
+            raise damaged(f"{brief(name)}, {dtype} {brief(shape)}, cannot be at {brief(place)} behind byte {begin}")
         specs[name] = TensorSpec(name, dtype, tuple(shape), file)
         offsets[name], begin = payload + begin, end
     if payload + begin != size:
@@ -99,7 +101,7 @@ def _elements(shape: Any) -> int:
     """Elements of a tensor whose header states this shape, -1 where it is none."""
     count = 1
     for n in shape if type(shape) is list else [None]:
-        if type(n) is not int or n < 0 or count > MAX_ELEMENTS:
+        if type(n) is not int or not 0 <= n < MAX_ELEMENTS or count > MAX_ELEMENTS:
             return -1
         count *= n
     return count
@@ -192,7 +194,7 @@ class TensorFolder:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(inside(self.folder, file), framework="pt")
-            except RuntimeError:  # the file is larger than this machine's memory, which mapping it reserves
+            except (RuntimeError, SafetensorError):  # larger than this machine's memory; or odd, without a fault
                 return self.rows(name)
         return self._handles[file].get_tensor(name)
 

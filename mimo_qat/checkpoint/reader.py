@@ -123,7 +123,8 @@ class Checkpoint(TensorFolder):
     def hand(self, jobs: Sequence[Job]) -> "Filling":
         """Each job's bytes, one box after the other in uint8 [size] on the device, go to its function, which may not
         keep them; all is done when what this returns was waited for. Where threads read, they call the functions, in no
-        order, on streams of their own that begin after all that this thread's stream was asked for."""
+        order, on streams of their own that begin after all that this thread's stream was asked for; only that of a job
+        without bytes may read the checkpoint itself."""
         most = max((size for _, size, _ in jobs), default=0)
         if len(self._handed) < most:
             self._handed = torch.empty(most, dtype=torch.uint8, device=self.device)

@@ -73,7 +73,8 @@ class Moe:
     """Routed experts: `router` [E, H] and `bias` [E] in float32, and the experts as values or as packed MXFP4 codes.
 
     A `bias` [P, E] holds one row for each position modulo P. `chosen` collects the experts [T, k] of every call, for
-    measurements outside of CUDA graphs. `fused`: few rows are routed by `mimo_kernels.router`.
+    measurements outside of CUDA graphs. `fused`: few rows are routed by `mimo_kernels.router`,
+    or by the kernel of packed experts.
     """
 
     router: torch.Tensor

@@ -120,18 +120,18 @@ def moe_mlp(moe: Moe, x: torch.Tensor, ranks: Ranks, positions: torch.Tensor | N
 
     A GPU computes every expert where it can do so `without_host`: a launch costs more than a few experts' bytes.
     """
-    experts, update = moe.experts, None
+    experts = moe.experts
     if moe.fused and isinstance(experts, PackedExperts) and len(x) <= MAX_TOKENS:
         router = router_kernels.Router(moe.router, moe.bias, moe.top_k, moe.normalise, moe.scaling)
         update, weights, chosen = moe_kernels.routed(x, router, experts, positions)
         if moe.chosen is not None:
             moe.chosen.append(chosen)
-    else:
-        weights, chosen = route(moe, x, positions)
-    ranks.record(chosen)  # a rank that chose other experts would add its stripes of those, and no error would show
-    ranks.record(weights)
-    if update is not None:
+        ranks.record(chosen)  # a rank that chose other experts would add its stripes of those, and no error would show
+        ranks.record(weights)
         return update
+    weights, chosen = route(moe, x, positions)
+    ranks.record(chosen)
+    ranks.record(weights)
     if isinstance(experts, PackedExperts):
         return packed_experts(experts, x, chosen, weights)
     combine = torch.zeros(len(x), len(experts.down), device=x.device).scatter_(1, chosen.long(), weights)

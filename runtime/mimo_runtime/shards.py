@@ -206,9 +206,9 @@ class Shards:
         """Begins to read parts that stay FP8. What it returns waits for them, one below the other: (codes float8_e4m3fn
         [N, K], scales float32 [N, K / 128]: one row of scales for each row of codes)."""
         grid = self._grid(boxes)
-        codes = self.below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
+        codes = self._below([(self._stored(base), rows, columns) for base, rows, columns in boxes])
         names = (base + ".weight_scale_inv" for base, _, _ in boxes)
-        scales = self.below([(name, *box) for name, box in zip(names, grid.boxes, strict=True)])
+        scales = self._below([(name, *box) for name, box in zip(names, grid.boxes, strict=True)])
         return lambda: (codes(), scales()[grid.tile])
 
     def _grid(self, boxes: Sequence[Box]) -> "_Grid":
@@ -226,7 +226,7 @@ class Shards:
             self._grids[kind] = _Grid(stays, [box for box, _ in found], tile.to(self.checkpoint.device))
         return self._grids[kind]
 
-    def below(self, boxes: list[Box]) -> Callable[[], torch.Tensor]:
+    def _below(self, boxes: list[Box]) -> Callable[[], torch.Tensor]:
         """Begins to read boxes, named in full, of one dtype and of as many columns. What it returns waits for them, one
         below the other, as stored."""
         dtype = TORCH_DTYPES[self.checkpoint.spec(boxes[0][0]).dtype]
@@ -248,7 +248,7 @@ class Shards:
         values: one below the other, as `dtype`."""
         stored = [(self._stored(base), rows, columns) for base, rows, columns in boxes]
         if all(TORCH_DTYPES[self.checkpoint.spec(name).dtype] == dtype for name, _, _ in stored):
-            return self.below(stored)
+            return self._below(stored)
         return lambda: torch.cat([self.values(box, dtype) for box in boxes])
 
     def experts(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,7 +77,7 @@ class Times:
     copying: float = 0.0
     """asking for copies, which one thread does"""
     using: float = 0.0
-    """in what `hand` calls: on a GPU that thread's too, asking for what packs experts, and for memory before"""
+    """in what `hand` calls: on a GPU that thread's too, asking for what packs experts"""
     waiting: float = 0.0
     """of the caller, until what it asked for was read"""
     reads: int = 0
@@ -86,6 +86,9 @@ class Times:
     def add(self, other: "Times") -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+
+Result = Times | Future[Times]  # of a task; the future is of what goes on with what it has read
 
 
 def _nothing() -> torch.Tensor:
@@ -159,7 +162,7 @@ class _Slots:
         for _ in range(count):
             self.free.put(_Slot())
 
-    def pin(self) -> Times:
+    def pin(self) -> Result:
         """Makes them one after the other, as a driver does it anyway; whoever takes one that is not made yet makes
         it."""
         began = time.perf_counter()
@@ -170,15 +173,12 @@ class _Slots:
         return Times(pinning=time.perf_counter() - began)
 
 
-Task = Future  # of Times, or of the task that goes on with what this one has read
-
-
 class _Reading(Filling):
     """Tasks; `used`, a stream, comes before what follows on `stream`."""
 
     def __init__(
         self,
-        tasks: list[Task],
+        tasks: list[Future[Result]],
         times: Times,
         stream: torch.cuda.Stream | None = None,
         used: torch.cuda.Stream | None = None,
@@ -213,7 +213,7 @@ class StagedCheckpoint(Checkpoint):
         threads = reading_threads()
         self._parts = max(1, threads // 4)
         self._handing = ThreadPoolExecutor(threads, "read")
-        self._gathering = ThreadPoolExecutor(self._parts, "gather")  # never queues behind what takes long
+        self._gathering = ThreadPoolExecutor(self._parts, "gather")  # never queues behind the reading of experts
         self._copying = ThreadPoolExecutor(1, "copy")  # the driver takes one at a time anyway
         self._slots = _Slots(int(_SLOTS_A_THREAD * threads) + 1, self.device)
         self._copies: torch.cuda.Stream | None = None  # of what `hand` reads, and where it is used
@@ -271,7 +271,9 @@ class StagedCheckpoint(Checkpoint):
             tasks += self._begin(self._handing, landing, boxes, SLOT_BYTES)
         return _Reading(tasks, self.times, stream, self._uses)
 
-    def _begin(self, pool: ThreadPoolExecutor, landing: _Landing, boxes: Iterable[Box], most: int) -> list[Task]:
+    def _begin(
+        self, pool: ThreadPoolExecutor, landing: _Landing, boxes: Iterable[Box], most: int
+    ) -> list[Future[Result]]:
         """Tasks that bring the bytes of boxes, one box after the other, up to `most` bytes each."""
         groups = [*_filled(self._pieces(boxes), most)] or [[]]
         starts = [*itertools.accumulate((sum(p.size for p in pieces) for pieces in groups), initial=0)]
@@ -318,11 +320,11 @@ class StagedCheckpoint(Checkpoint):
             yield Piece(file, begin, 1, end - begin, 0, end - begin)
 
     @torch.inference_mode()  # which threads do not inherit: `out` may have been made in it, and may be written in it
-    def _take(self, pieces: list[Piece], landing: _Landing, at: int) -> Times | Task:
+    def _take(self, pieces: list[Piece], landing: _Landing, at: int) -> Result:
         """Reads pieces one after the other to their place; for a GPU into a buffer first, which goes to the thread that
-        asks for copies."""
+        asks for copies. Where there is nothing to read this thread calls the job's function, which may read itself."""
         size = sum(p.size for p in pieces)
-        if landing.stream is None:
+        if landing.stream is None or not size:
             times = self._read_pieces(pieces, landing.part(at, size))
             began = time.perf_counter()
             landing.arrived()

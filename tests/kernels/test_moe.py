@@ -330,6 +330,7 @@ def test_everything_compiles(kernels, tokens):
 # ---- with a router
 
 
+@outside
 def test_routed_without_a_gpu_is_the_router_and_then_the_experts():
     experts = random_experts(6, 64, 32)
     packed = moe.pack_experts(experts)

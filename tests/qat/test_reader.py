@@ -288,6 +288,9 @@ SOUND = '"dtype":"U8","shape":[8],"data_offsets":[0,8]'
         f'{{"\\ud800":{{{SOUND}}}}}',
         f'{{"a":{{{SOUND}}},"__metadata__":[]}}',
         f'{{"a":{{{SOUND}}},"__metadata__":{{"a":1}}}}',
+        f'{{"a":{{{SOUND}}},"b":{{"dtype":"F32","shape":[0,{2**64}],"data_offsets":[8,8]}}}}',
+        f'{{"a":{{{SOUND}}},"b":{{"dtype":"F32","shape":[0,{10**4000}],"data_offsets":[8,8]}}}}',
+        f'{{"a":{{"dtype":"U8","shape":[{10**4000}],"data_offsets":[0,{10**4000}]}}}}',
     ],
 )
 def test_what_the_library_refuses_is_refused(tmp_path, header):

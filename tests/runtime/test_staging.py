@@ -150,12 +150,15 @@ def test_many_boxes_at_once(staged, release):
     assert torch.equal(out[1:-1], expected)
 
 
-def test_several_gathers_are_begun_before_one_is_waited_for(staged, release):
-    """And are waited for in whatever order."""
+def test_several_gathers_are_begun_before_one_is_waited_for(staged, release, monkeypatch):
+    """None is read when all have begun; and they are waited for in whatever order."""
     (reader, gpu), mapped, begun = staged, Checkpoint(release), []
+    read, go_on = reader._read_at, threading.Event()
+    monkeypatch.setattr(reader, "_read_at", lambda *args: (go_on.wait(30), read(*args)))
     for name in (n for n in mapped.names if n.endswith("qkv_proj.weight")):
         out = torch.zeros(mapped.spec(name).nbytes, dtype=torch.uint8)
         begun.append((name, out, reader.begin([(name, *map(range, mapped.spec(name).shape))], out)))
+    go_on.set()
     for _, _, filling in begun[::-1]:
         filling.wait()
     arrived(gpu)
@@ -214,6 +217,18 @@ def test_what_is_handed_over_has_the_bytes_of_the_file(staged, release):
     assert len(found) == len(jobs) > 5
     for first, (expected, data) in found.items():
         assert torch.equal(data, expected), first
+
+
+def test_a_job_without_bytes_reads_for_itself(staged, release):
+    """As where scales are stored as floats. It may not wait for the thread that it would have to run on."""
+    (reader, gpu), mapped, found = staged, Checkpoint(release), []
+    names = [n for n in mapped.names if ".experts." in n][:6]
+    jobs = [((), 0, lambda _, n=name: found.append((n, reader.raw(n)))) for name in names]
+    done = threading.Event()
+    threading.Thread(target=lambda: (reader.hand(jobs).wait(), done.set()), daemon=True).start()
+    assert done.wait(30)
+    arrived(gpu)
+    assert sorted(n for n, _ in found) == sorted(names) and all(same(t, mapped.raw(n)) for n, t in found)
 
 
 def test_what_fails_for_whom_bytes_are_handed_is_told(staged, release):
