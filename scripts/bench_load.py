@@ -6,8 +6,9 @@ sequential reads of several threads into reused buffers; and loads the share of 
 own, as the runtime does. The bar: at least 60 % of that reading rate, and at most two shards of host memory on top of
 what the process held before. Beside it stands the rate of copies from pinned memory to the GPU: what is loaded can
 arrive no faster than the slower of the two, and the ratio to that one is printed too. The read comes before and after
-the load, and its better rate counts. The last line is one JSON document; exits with 1 below the bar on a GPU. (A CPU
-holds the weights themselves and packs them slowly.)
+the load, and its better rate counts. With `--cold` the files leave the page cache before each of the three, so that the
+disk is what is read, as after a start of the machine. The last line is one JSON document; exits with 1 below the bar on
+a GPU. (A CPU holds the weights themselves and packs them slowly.)
 
 Where the time goes: the caller's seconds are one after the other (proving the headers; memory for the experts and
 planning their reads; the spine, while experts are read; waiting for the rest of them; and the GPU's rest at the end).
@@ -101,6 +102,14 @@ def read_files(paths: list[Path], threads: int) -> float:
     return time.perf_counter() - began
 
 
+def drop(paths: list[Path]) -> None:
+    """Takes files out of the page cache, once they are on the disk."""
+    for path in paths:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def warm(folder: Path, ranks: int, device: str) -> dict[str, float]:
     """What is not the loader's work, done before it: a context, its libraries and the compiled kernel. {what: rate or
     seconds}: of packing alone, in GB/s of stored bytes, and of copies from pinned memory."""
@@ -177,6 +186,7 @@ def main() -> int:
     size.add_argument("--gb", type=float, help="write as many layers as make a release of so many GB; all without both")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the release; deleted at the end")
     parser.add_argument("--keep", action="store_true", help="keep the folder")
+    parser.add_argument("--cold", action="store_true", help="read from the disk instead of the page cache")
     parser.add_argument("--ranks", type=int, default=1, help="load the share of rank 0 of so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     cores = len(os.sched_getaffinity(0))
@@ -198,10 +208,11 @@ def main() -> int:
             shutil.rmtree(options.out)
     if options.json:
         write_json(options.json, document)
-    print(f"{document['release_gb']:.1f} GB: written at {document['write_gb_per_s']:.2f} GB/s, read at "
-          f"{document['read_gb_per_s']:.2f}, rank 0 of {options.ranks} loaded {document['rank_gb']:.1f} GB in "
-          f"{document['load_seconds']:.1f} s at {document['load_gb_per_s']:.2f} GB/s ({document['ratio']:.0%}), host "
-          f"memory {document['peak_host_shards']:.2f} shards")  # fmt: skip
+    source = f"{document['source']} read at {document['read_gb_per_s']:.2f}"
+    print(f"{document['release_gb']:.1f} GB: written at {document['write_gb_per_s']:.2f} GB/s, {source}, rank 0 of "
+          f"{options.ranks} loaded {document['rank_gb']:.1f} GB in {document['load_seconds']:.1f} s at "
+          f"{document['load_gb_per_s']:.2f} GB/s ({document['ratio']:.0%}), host memory "
+          f"{document['peak_host_shards']:.2f} shards")  # fmt: skip
     reachable = f"{document['reachable_gb_per_s']:.2f} GB/s ({document['ratio_of_reachable']:.0%} of it)"
     print(f"reachable, the slower of reading and copies to the device: {reachable}")
     for who, parts in document["parts"].items():
@@ -221,10 +232,14 @@ def measure(options: argparse.Namespace, config: dict[str, Any]) -> dict[str, An
     write_seconds = time.perf_counter() - began
     sizes = {file: sum(spec.nbytes for spec in members) for file, members in files.items()}
     total, paths = sum(sizes.values()), [options.out / file for file in files]
+    ready = (lambda: drop(paths)) if options.cold else (lambda: None)
+    ready()
     seconds = [read_files(paths, options.threads)]
+    ready()
     command = [sys.executable, __file__, "--load_alone", f"--ranks={options.ranks}", f"--device={options.device}"]
     done = subprocess.run([*command, f"--out={options.out}"], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
+    ready()
     seconds.append(read_files(paths, options.threads))
     rate, read = found["bytes"] / found["seconds"] / 1e9, total / min(seconds) / 1e9
     shards = found["host_growth"] / max(sizes.values())
@@ -236,6 +251,7 @@ def measure(options: argparse.Namespace, config: dict[str, Any]) -> dict[str, An
         "files": len(files),
         "shard_gb": max(sizes.values()) / 1e9,
         "write_gb_per_s": total / write_seconds / 1e9,
+        "source": "disk" if options.cold else "page cache",
         "read_gb_per_s": read,
         "read_seconds": seconds,
         "threads": options.threads,

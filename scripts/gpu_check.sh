@@ -3,8 +3,9 @@
 #
 #   tests (kernels, rounds, synthetic models, launch modes) -> kernels against their roofline -> a slice of both published
 #   geometries, one rank's share on one GPU -> contexts of 32K and 256K without their prefill -> 10,000 rounds, memory sampled
-#   -> a release of LOAD_GB (60) GB written to SCRATCH (OUT) and loaded -> the Flash geometry over all GPUs, plain and with a
-#   forced acceptance of 6.3, and ranks compared bit for bit after every round -> from eight GPUs on the same of V2.5-Pro
+#   -> a release of LOAD_GB (60) GB written to SCRATCH (OUT) and loaded, from memory and from the disk -> the Flash geometry
+#   over all GPUs, plain and with a forced acceptance of 6.3, and ranks compared bit for bit after every round -> from
+#   eight GPUs on the same of V2.5-Pro
 #
 # A step runs once: call again to go on where it stopped. Nothing starts after SECONDS. Logs, documents and charts are in OUT;
 # the last lines are a table of what held. No weights are needed: models are synthetic and labelled so.
@@ -73,7 +74,9 @@ launch=($python)
 step soak "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --rounds 10000
 step soak-graphs "${launch[@]}" scripts/soak.py --synthetic flash --layers 4 --rounds 10000 --cuda_graphs
 rm -rf "${SCRATCH:-$out}/load-release" # of a run that was killed
-step load $python scripts/bench_load.py --model flash --gb "${LOAD_GB:-60}" --out "${SCRATCH:-$out}/load-release" --json "$out/load.json"
+load=($python scripts/bench_load.py --model flash --gb "${LOAD_GB:-60}" --out "${SCRATCH:-$out}/load-release")
+step load "${load[@]}" --json "$out/load.json"
+step load-cold "${load[@]}" --cold --json "$out/load-cold.json"
 if [ "$gpus" -ge 2 ]; then
     step topology nvidia-smi topo -m
     bench "flash-tp$gpus" "$gpus" --synthetic flash --collectives nccl

@@ -380,13 +380,18 @@ def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
     config.write_text(json.dumps(tiny_config | WIDE))
     monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / p) for p in ("", "kernels", "runtime")))
     command = ["bench_load.py", "--model", str(config), "--out", str(out), "--device=cpu", f"--ranks={ranks}"]
-    monkeypatch.setattr("sys.argv", [*command, "--gb=0.002", "--keep", f"--json={tmp_path / 'doc.json'}"])
+    command += ["--gb=0.002", "--keep", f"--json={tmp_path / 'doc.json'}"] + ["--cold"] * (ranks > 1)
+    monkeypatch.setattr("sys.argv", command)
+    drop, dropped = bench_load.drop, []
+    monkeypatch.setattr(bench_load, "drop", lambda paths: dropped.append(drop(paths)))
     assert bench_load.main() == 0
+    assert len(dropped) == 3 * (ranks > 1)
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found == json.loads((tmp_path / "doc.json").read_text())
     stored = Checkpoint(out)
     stored.verify()
     total = sum(stored.spec(n).nbytes for n in stored.names)
+    assert found["source"] == ("disk" if ranks > 1 else "page cache")
     assert stored.format == ("mxfp4", "fp8", 0) and found["release_gb"] == total / 1e9 >= 0.002
     assert found["layers"] == stored.geometry.num_hidden_layers < 4
     assert total / ranks <= 1e9 * found["rank_gb"] < 1.2 * total / ranks
