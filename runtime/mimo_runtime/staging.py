@@ -37,7 +37,7 @@ from mimo_runtime.parallel import world
 SLOT_BYTES = 2**25
 LEAST_BYTES = 2**20  # less is not worth a thread's turn
 MOST_THREADS = 16  # more do not read faster
-_SLOTS_A_THREAD = 1.25  # copying a buffer takes a tenth of the time of reading it
+_SLOTS_A_THREAD = 2  # one is read while another is copied
 
 
 def reading_threads() -> int:
