@@ -73,7 +73,7 @@ def random_weights(hidden, inter, heads, experts, g):
         linear.pack_fp8(*fp8.quantize(normal(rows, hidden, std=hidden**-0.5))),
         normal(hidden, heads * V_DIM, std=hidden**-0.5).bfloat16(),
         normal(experts, hidden, std=hidden**-0.5),
-        normal(experts, std=0.1),
+        normal(5, experts, std=0.5),
         normal(heads),
         moe.pack_experts(moe.Experts(*words_and_scales(2 * inter, hidden), *words_and_scales(hidden, inter))),
     )
@@ -86,6 +86,7 @@ class Chain:
         self.layers, self.tokens, self.top_k = layers, tokens, top_k
         self.x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
         self.start = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        self.rows = torch.arange(tokens, device=DEVICE)
         self.cos, self.sin = torch.zeros(2, tokens, ROTATED // 2, dtype=torch.bfloat16, device=DEVICE)
         self.caches = [
             tuple(torch.zeros(GROUPS, SLOTS[w], d, dtype=torch.bfloat16, device=DEVICE) for d in (K_DIM, V_DIM))
@@ -101,6 +102,7 @@ class Chain:
     def run(self):
         """Everything that the layers leave for others, except the caches."""
         x, part, left = self.x, None, []
+        positions = self.start + self.rows  # which row of biases an expert's choice has: read early, made in the pass
         for w, window, cache in zip(self.layers, WINDOWS, self.caches, strict=True):
             x, normed = residual.add_rms_norm(x, part, w.norms[0], 1e-5)
             sink = w.sink if window else None
@@ -108,7 +110,8 @@ class Chain:
             qkv = linear.linear(normed, w.qkv)
             out = attend(qkv, self.cos, self.sin, *cache, self.start, **kw)
             x, normed = residual.add_rms_norm(x, linear.linear(out.flatten(1), w.o), w.norms[1], 1e-5)
-            part, _, ids = moe.routed(normed, Router(w.router, w.bias, self.top_k, normalise=True), w.experts)
+            router = Router(w.router, w.bias, self.top_k, normalise=True)
+            part, _, ids = moe.routed(normed, router, w.experts, positions)
             left += [x, ids, part]
         return left
 
