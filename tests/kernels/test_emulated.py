@@ -6,7 +6,19 @@ forever. What a GPU adds is its own arithmetic and its memory model; tests/gpu h
 import pytest
 import torch
 
-from mimo_kernels import attention, fp8, heads, linear, linear_cuda, moe, moe_cuda, router, router_cuda, window_cuda
+from mimo_kernels import (
+    attention,
+    cuda,
+    fp8,
+    heads,
+    linear,
+    linear_cuda,
+    moe,
+    moe_cuda,
+    router,
+    router_cuda,
+    window_cuda,
+)
 from tests.kernels.emulator import emulated, needs_compiler  # noqa: F401
 
 pytestmark = needs_compiler
@@ -197,6 +209,25 @@ def test_experts_that_are_chosen(count, top_k, generator, emulated):  # noqa: F8
         assert same_bits(found, moe_cuda.parts(x, ids, weights, packed))
         alone = moe_cuda.routed(x[1:2].contiguous(), logits[1:2].contiguous(), steering, positions[1:2], packed)
         assert torch.equal(alone[2], ids[1:2]) and same_bits(alone[0], found[:, 1:2])
+
+
+def test_routed_is_the_logits_and_the_kernel_that_chooses(generator, emulated, monkeypatch):  # noqa: F811
+    """Of whatever strides and types; what is read early is made before the logits, behind which nothing else comes."""
+    packed = moe.pack_experts(random_experts(6, 2048, 128, generator))
+    x, matrix = normal(2, 2048, generator=generator), torch.randn(6, 2048, generator=generator) / 45
+    bias, positions = torch.randn(6, 4, generator=generator).T, torch.tensor([5, 0, 7, 0], dtype=torch.int32)[::2]
+    emulated(multiprocessors=1)
+    monkeypatch.setattr(cuda, "usable", lambda device: True)
+    launched, launch = [], cuda.launch
+    monkeypatch.setattr(
+        cuda, "launch", lambda kernel, *a, **kw: (launched.append(kernel.name), launch(kernel, *a, **kw))
+    )
+    steering = router.Router(matrix, bias, 2, normalise=True)
+    found, weights, ids = moe.routed(x, steering, packed, positions)
+    assert launched == ["logits", "experts"]
+    expected, chosen = router.reference(x, matrix, bias, 2, normalise=True, positions=positions, dtype=torch.float64)
+    assert torch.equal(ids, chosen) and (weights - expected).abs().max() < 1e-5
+    assert same_bits(found, moe_cuda.parts(x, ids, weights, packed))
 
 
 def test_experts_are_chosen_whatever_the_logits(generator, emulated):  # noqa: F811
