@@ -322,6 +322,7 @@ def scripted(bf16_folder, drafter_folder, tmp_path, monkeypatch):
     """scripted(kill after, pause, workers) starts a conversion in tmp_path; an undisturbed one gave the digests."""
     monkeypatch.setattr(layout, "experts_per_file", lambda geometry: 2)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIMO_QAT_COMMIT", "0123456789ab")  # of a tree that tests beside this one may write into
     (tmp_path / "job.py").write_text(SCRIPT)
     main(ConvertConfig(target="bf16", drafter="drafter", out="out"))
     undisturbed = digests(Path("out"))
@@ -329,7 +330,8 @@ def scripted(bf16_folder, drafter_folder, tmp_path, monkeypatch):
 
     def start(kill_after, pause=0.0, workers=1):
         command = [sys.executable, "job.py", str(kill_after), str(pause), str(workers)]
-        return subprocess.Popen(command, env=PATHS, start_new_session=True)
+        env = PATHS | {"MIMO_QAT_COMMIT": "0123456789ab"}
+        return subprocess.Popen(command, env=env, start_new_session=True)
 
     return start, undisturbed
 
