@@ -3,7 +3,7 @@
 A mapped file is read by one thread, a page at a time, counts as memory of this process, and reaches a GPU through a
 buffer of the driver. Here threads read plainly. For a GPU they read into pinned buffers, which each takes from a queue;
 one more thread asks for the copies, since the driver takes one at a time anyway, and gives a buffer back when its copy
-is under way; the buffer taken is the one whose copy began first.
+is under way; the buffer taken is the one whose copy began first. As many threads read at once as leave that one a core.
 
 `gather` copies in the order of the stream that asked for it, so what follows on that stream needs no wait. What `hand`
 reads meets on the device, where it is used when the last part of it is on its way. All its copies are on one stream,
@@ -16,7 +16,9 @@ Python runs one thread at a time, and each call that lets go of it waits in a qu
 what goes side by side is copied by one, and what a kernel takes is several copies.
 """
 
+import contextlib
 import itertools
+import mmap
 import os
 import threading
 import time
@@ -71,7 +73,7 @@ class Times:
     reading: float = 0.0
     """in calls that read, and in cutting columns out of rows"""
     pinning: float = 0.0
-    """making pinned buffers ahead"""
+    """pinning buffers"""
     slots: float = 0.0
     """waiting for a pinned buffer to be copied: above zero where copies, not files, are the limit"""
     copying: float = 0.0
@@ -91,27 +93,48 @@ class Times:
 Result = Times | Future[Times]  # of a task; the future is of what goes on with what it has read
 
 
-def _nothing() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8)
-
-
-@dataclass
 class _Slot:
-    """A pinned buffer, and the event after what last read it."""
+    """A buffer of the host that a GPU copies from once it is pinned, and the event after its last copy.
 
-    buffer: torch.Tensor = field(default_factory=_nothing)
-    event: torch.cuda.Event | None = None
+    The driver makes pinned memory a page at a time, for one thread at a time, and under the lock that everybody needs
+    who asks for memory. So the pages come with the first bytes that are read into them, for all threads at once, and
+    are pinned when they are there.
+    """
 
-    def ready(self, size: int, device: torch.device) -> torch.Tensor:
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.event: torch.cuda.Event | None = None
+        self._pinned = False
+
+    def ready(self, size: int) -> torch.Tensor:
         """The buffer, at least `size` bytes of it, when nothing reads it any more."""
         if self.event is None:
             self.event = torch.cuda.Event(blocking=True)
-        elif len(self.buffer):
+        elif self._pinned:
             self.event.synchronize()
         if len(self.buffer) < size:
-            with torch.cuda.device(device):  # other threads have another current device
-                self.buffer = torch.empty(max(size, SLOT_BYTES), dtype=torch.uint8, pin_memory=True)
+            self.free()
+            pages = mmap.mmap(-1, max(size, SLOT_BYTES), flags=mmap.MAP_PRIVATE)  # kept by the tensor
+            with contextlib.suppress(OSError):  # large pages are sooner pinned, and not every kernel has them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            self.buffer = torch.frombuffer(pages, dtype=torch.uint8)
         return self.buffer
+
+    def pin(self, device: torch.device) -> None:
+        """Lets the driver copy from the buffer without a buffer of its own; once, and not before something is read."""
+        if not self._pinned:
+            with torch.cuda.device(device):  # other threads have another current device
+                done = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), len(self.buffer), 0)
+            torch.cuda.check_error(done)
+            self._pinned = True
+
+    def free(self) -> None:
+        """Gives its memory back, when nothing reads it any more."""
+        if self._pinned:
+            assert self.event is not None
+            self.event.synchronize()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr()))
+        self.buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
 
 @dataclass
@@ -151,26 +174,6 @@ class _Landing:
             self.used.wait_stream(self.stream)
             data.record_stream(self.used)  # freed soon, filled again only after its use
             self.use(data)
-
-
-class _Slots:
-    """Pinned buffers, which are made when they are first needed, or by `pin` before."""
-
-    def __init__(self, count: int, device: torch.device):
-        self.count, self.device = count, device
-        self.free: SimpleQueue[_Slot] = SimpleQueue()
-        for _ in range(count):
-            self.free.put(_Slot())
-
-    def pin(self) -> Result:
-        """Makes them one after the other, as a driver does it anyway; whoever takes one that is not made yet makes
-        it."""
-        began = time.perf_counter()
-        for _ in range(self.count):
-            slot = self.free.get()
-            slot.ready(SLOT_BYTES, self.device)
-            self.free.put(slot)
-        return Times(pinning=time.perf_counter() - began)
 
 
 class _Reading(Filling):
@@ -215,11 +218,13 @@ class StagedCheckpoint(Checkpoint):
         self._handing = ThreadPoolExecutor(threads, "read")
         self._gathering = ThreadPoolExecutor(self._parts, "gather")  # never queues behind the reading of experts
         self._copying = ThreadPoolExecutor(1, "copy")  # the driver takes one at a time anyway
-        self._slots = _Slots(int(_SLOTS_A_THREAD * threads) + 1, self.device)
+        self._turns = threading.Semaphore(threads)  # of both
+        self._slots = [_Slot() for _ in range(_SLOTS_A_THREAD * threads + 1)]
+        self._free: SimpleQueue[_Slot] = SimpleQueue()
+        for slot in self._slots:
+            self._free.put(slot)
         self._copies: torch.cuda.Stream | None = None  # of what `hand` reads, and where it is used
         self._uses: torch.cuda.Stream | None = None
-        # Meanwhile the headers are proved.
-        self._pins = [self._handing.submit(self._slots.pin)] if self.device.type == "cuda" else []
         try:
             super().__init__(folder)
         except BaseException:
@@ -261,7 +266,7 @@ class StagedCheckpoint(Checkpoint):
         return _Reading(self._begin(self._gathering, landing, boxes, most), self.times)
 
     def hand(self, jobs: Sequence[Job]) -> Filling:
-        stream, tasks, self._pins = self._stream(), self._pins, []
+        stream, tasks = self._stream(), list[Future[Result]]()
         if stream is not None:
             self._copies = self._copies or torch.cuda.Stream(self.device)
             self._uses = self._uses or torch.cuda.Stream(self.device)
@@ -289,6 +294,8 @@ class StagedCheckpoint(Checkpoint):
     def _end(self) -> None:
         for pool in (self._handing, self._gathering, self._copying):
             pool.shutdown(cancel_futures=True)
+        for slot in self._slots:  # also those whose copy was given up
+            slot.free()
         if self._uses is not None:  # also after an error nobody gets memory that is still written
             torch.cuda.current_stream(self.device).wait_stream(self._uses)
 
@@ -331,15 +338,17 @@ class StagedCheckpoint(Checkpoint):
             times.using = time.perf_counter() - began
             return times
         began = time.perf_counter()
-        slot = self._slots.free.get()
+        slot = self._free.get()
         try:
-            staged = slot.ready(size, self.device)[:size]
+            staged = slot.ready(size)[:size]
             slots = time.perf_counter() - began
             times = self._read_pieces(pieces, staged)
-            times.slots = slots
+            began = time.perf_counter()
+            slot.pin(self.device)
+            times.slots, times.pinning = slots, time.perf_counter() - began
             return self._copying.submit(self._copy, slot, staged, landing, at, times)
         except BaseException:
-            self._slots.free.put(slot)
+            self._free.put(slot)
             raise
 
     @torch.inference_mode()
@@ -352,27 +361,28 @@ class StagedCheckpoint(Checkpoint):
                 assert slot.event is not None
                 slot.event.record(landing.stream)
         finally:
-            self._slots.free.put(slot)
+            self._free.put(slot)
         copied = time.perf_counter()
         landing.arrived()
         times.copying, times.using = copied - began, time.perf_counter() - copied
         return times
 
     def _read_pieces(self, pieces: list[Piece], out: torch.Tensor) -> Times:
-        began, at = time.perf_counter(), 0
-        view, read = out.numpy().data, 0
-        for piece in pieces:
-            whole = piece.right - piece.left == piece.width
-            if whole:
-                self._read_at(view[at : at + piece.size], piece.file, piece.offset)
-            else:  # columns, by way of a buffer for their rows
-                rows = self._scratch("rows", piece.rows * piece.width)
-                self._read_at(rows.numpy().data, piece.file, piece.offset)
-                rows = rows.view(piece.rows, piece.width)
-                target = out[at : at + piece.size].view(piece.rows, -1)
-                target.copy_(rows[:, piece.left : piece.right])
-            at, read = at + piece.size, read + piece.rows * piece.width
-        return Times(reading=time.perf_counter() - began, reads=len(pieces), bytes=read)
+        view, at, read = out.numpy().data, 0, 0
+        with self._turns:
+            began = time.perf_counter()
+            for piece in pieces:
+                whole = piece.right - piece.left == piece.width
+                if whole:
+                    self._read_at(view[at : at + piece.size], piece.file, piece.offset)
+                else:  # columns, by way of a buffer for their rows
+                    rows = self._scratch("rows", piece.rows * piece.width)
+                    self._read_at(rows.numpy().data, piece.file, piece.offset)
+                    rows = rows.view(piece.rows, piece.width)
+                    target = out[at : at + piece.size].view(piece.rows, -1)
+                    target.copy_(rows[:, piece.left : piece.right])
+                at, read = at + piece.size, read + piece.rows * piece.width
+            return Times(reading=time.perf_counter() - began, reads=len(pieces), bytes=read)
 
     def _scratch(self, what: str, size: int) -> torch.Tensor:
         """Memory of this thread for `what`."""
