@@ -17,8 +17,8 @@ class Graph:
     """`function(*inputs)` captured once on its first inputs; a call copies new values in and replays it.
 
     The function may write caches, but it must not wait for the device, and what it returns is overwritten by the next
-    call. It runs twice before the capture, with the same inputs: its writes have to be idempotent. Graphs that return
-    nothing and never run at once may share the memory `pool` of one of them.
+    call. It runs twice before the capture, with the same inputs: its writes have to be idempotent. Graphs may share the
+    memory `pool` of one of them where none runs before what another has returned was used.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], pool: Any = None):

@@ -149,9 +149,11 @@ def ways(engine: Engine, cfg: BenchConfig) -> dict[str, dict[str, Any]]:
 def measure(engine: Engine, prompts: list[tuple[Prompt, list[int]]], cfg: BenchConfig) -> list[dict[str, Any]]:
     """Runs every prompt plainly, with chains and with trees, in turn, so that a slow minute of the machine hits all."""
     how = ways(engine, cfg)
-    # A warm-up of each way, not counted: the first round loads kernels, or captures the graph of its way alone.
+    # A warm-up of each way, not counted: the first round loads kernels, or captures the graph of its way alone; so does
+    # the first prompt of a size.
     for way in how.values():
-        engine.generate(prompts[0][1], _short(cfg), **way)
+        for ids in {engine.padded(len(ids)): ids for _, ids in prompts}.values():
+            engine.generate(ids, _short(cfg), **way)
     runs = []
     for i, (prompt, ids) in enumerate(prompts):
         prefilled = len(ids) if cfg.context is None else 0

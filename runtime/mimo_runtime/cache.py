@@ -33,8 +33,14 @@ class RingCache:
         self.k = torch.zeros(heads, capacity, k_dim, **kw)
         self.v = torch.zeros(heads, capacity, v_dim, **kw)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, start: Position) -> None:
-        """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay."""
+    def write(self, k: torch.Tensor, v: torch.Tensor, start: Position, end: torch.Tensor | None = None) -> None:
+        """Stores k [T, G, K] and v [T, G, V] of positions start..start+T-1; only the last `capacity` rows stay.
+
+        Rows from position `end` [] on are padding. Without a window they are stored like rejected ones.
+        """
+        if end is not None and self.window is not None:
+            self._write_until(k, v, start, end)
+            return
         if isinstance(start, torch.Tensor):
             assert len(k) <= self.capacity
             slots = self.slots(start + torch.arange(len(k), device=k.device))
@@ -48,6 +54,14 @@ class RingCache:
         for cache, new in ((self.k, k), (self.v, v)):
             cache[:, first : first + fit] = new[:, :fit]
             cache[:, : new.shape[1] - fit] = new[:, fit:]
+
+    def _write_until(self, k: torch.Tensor, v: torch.Tensor, start: Position, end: torch.Tensor) -> None:
+        """Into every slot its row before `end`, as padding would take the slots of rows that the window still holds."""
+        slots = torch.arange(self.capacity, device=k.device)
+        row = end - 1 - (end - 1 - slots) % self.capacity - start
+        new, row = (row >= 0)[None, :, None], row.clamp_(min=0)
+        for cache, rows in ((self.k, k), (self.v, v)):
+            cache.copy_(torch.where(new, rows.index_select(0, row).transpose(0, 1), cache))
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Where rows at `positions` live; the same for all caches of one `capacity`."""
@@ -72,14 +86,18 @@ class RingCache:
         slots = torch.arange(self.used(end), device=self.k.device)
         return end - 1 - (end - 1 - slots) % self.capacity
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor, start: Position) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores T new rows and returns keys [G, S, K] and values [G, S, V] whose positions are `extended(start, T)`.
+    def extend(
+        self, k: torch.Tensor, v: torch.Tensor, start: Position, end: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores T new rows as `write`, and returns keys [G, S, K] and values [G, S, V] whose positions are
+        `extended(start, T)`.
 
         More rows than `block` (a prefill chunk) do not fit beside a full window: they are joined to the window's older
         keys first and written after.
         """
         rows = len(k)
         if self._fits(rows):
+            assert end is None or self.window is None
             self.write(k, v, start)
             used = self.used(start + rows)
             return self.k[:, :used], self.v[:, :used]
@@ -87,7 +105,7 @@ class RingCache:
         older = self._older(start) % self.capacity
         keys = torch.cat((self.k[:, older], k.transpose(0, 1)), dim=1)
         values = torch.cat((self.v[:, older], v.transpose(0, 1)), dim=1)
-        self.write(k, v, start)
+        self.write(k, v, start, end)
         return keys, values
 
     def extended(self, start: Position, rows: int) -> torch.Tensor:

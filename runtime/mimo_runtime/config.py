@@ -36,7 +36,7 @@ class EngineConfig:
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int | None = None
     """prompt tokens computed at once, fewer where their attention would take gigabytes; null takes 2048 on a GPU, whose
-    host is busy as long with a few, and 256 on a CPU"""
+    host is busy as long with a few, and 256 on a CPU. A GPU pads prompts of up to 1024 to the next power of two"""
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0
@@ -45,7 +45,8 @@ class EngineConfig:
     tree_adaptive: bool = False
     """cut each tree where its last drafts cost more time than they are expected to save, by times measured at start"""
     cuda_graphs: bool = False
-    """replay each round, or of an adaptive tree its two passes, as one CUDA graph; attention then reads max_len keys"""
+    """replay each round, or of an adaptive tree its two passes, as one CUDA graph, and so the pass of a prompt that is
+    padded; a round's attention then reads max_len keys"""
     rounds_ahead: int = 4
     """on a GPU: rounds enqueued before the first one's tokens are looked at, of adaptive trees always one; after a stop
     token the others are played in vain"""

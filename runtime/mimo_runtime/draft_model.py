@@ -26,10 +26,17 @@ from mimo_runtime.model import (
 from mimo_runtime.norms import add_norm
 
 
-def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Tensor, start: Position) -> None:
+def draft_context(
+    drafter: Drafter,
+    caches: Sequence[RingCache],
+    taps: torch.Tensor,
+    start: Position,
+    end: torch.Tensor | None = None,
+) -> None:
     """Stores the drafter's context keys and values of positions start.. from the target's taps [T, len(ids)*H].
 
-    Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten.
+    Rows of rejected tokens may be among them: they are hidden by the committed length until they are overwritten. Rows
+    from position `end` on are padding, as in `RingCache.write`.
     """
     _, context = add_norm(drafter.ranks.gather(linear(taps, drafter.fc)), None, drafter.hidden_norm)
     rows = Rows(start, len(taps), taps, rotations=drafter.rotations)
@@ -38,7 +45,7 @@ def draft_context(drafter: Drafter, caches: Sequence[RingCache], taps: torch.Ten
             stored_heads(layer.attention, context, rows, cache.ring(), start, len(taps), queries=False)
         else:
             _, k, v = project(layer.attention, context, rows, queries=False)
-            cache.write(k, v, start)
+            cache.write(k, v, start, end)
 
 
 def block_conv(x: torch.Tensor, base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,6 @@ from mimo_qat.models.draft_tree import (
     grow_tree_tensors,
     tree_size,
 )
-from mimo_qat.plan_runtime import prefill_rows
 from mimo_runtime.cache import Position
 from mimo_runtime.config import KERNELS, EngineConfig, Rule, SamplingConfig
 from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
@@ -44,6 +43,7 @@ from mimo_runtime.model import (
     without_host,
 )
 from mimo_runtime.parallel import Ranks, connect, place
+from mimo_runtime.prefill import CHUNKS, chunks, most_heads, padded_sizes
 from mimo_runtime.rounds import SLOTS, Rounds, State, forced_chain, play, play_tree
 from mimo_runtime.speculate import (
     Round,
@@ -57,7 +57,6 @@ from mimo_runtime.speculate import (
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK = 8  # rows of a verification where no drafter says otherwise
-PREFILL_CHUNKS = {"cuda": 2048, "cpu": 256}
 
 
 @dataclass
@@ -146,7 +145,9 @@ class Engine:
         # A CPU computes when it is asked to, so that rounds ahead would only be late; and ranks compare every round.
         ahead = 1 if self.device.type == "cpu" or cfg.check_ranks else cfg.rounds_ahead
         self.rounds = Rounds(self.state, ahead, cfg.cuda_graphs, self.ranks)
-        self._graphs: dict[tuple[str, int], Graph] = {}
+        self._graphs: dict[tuple[str, *tuple[int, ...]], Graph] = {}
+        self._chunk = cfg.prefill_chunk or CHUNKS[self.device.type]
+        self._sizes = padded_sizes(self.target, self._chunk, cfg.max_len, most_rows)
         with self._on_device():
             self._seconds = self._measure_rounds() if cfg.tree_budget and cfg.tree_adaptive else None
 
@@ -347,23 +348,31 @@ class Engine:
         """Float32 logits [len(ids), vocabulary] of every position, computed `chunk` tokens at once; without the rows of
         positions that the caches have anyway (`_held`)."""
         self._check(ids, None)
-        chunks = self._chunks(self._held(ids), len(ids), chunk)
-        return torch.cat([target_forward(self.target, self.caches, self._tensor(ids[c]), c.start)[0] for c in chunks])
+        parts = chunks(self._held(ids), len(ids), chunk or self._chunk, most_heads(self.target))
+        return torch.cat([target_forward(self.target, self.caches, self._tensor(ids[c]), c.start)[0] for c in parts])
 
     def _prefill(self, ids: list[int], drafter: Drafter | None) -> torch.Tensor:
         """Logits [1, vocabulary] after the prompt; fills the caches."""
-        for c in self._chunks(self._held(ids), len(ids)):
+        held, size = self._held(ids), self.padded(len(ids))
+        if size is not None and not held:
+            inputs = self._tensor(ids + ids[-1:] * (size - len(ids))), torch.tensor(len(ids), device=self.device)
+            key = "prompt", drafter is not None, size
+            return self._replayed(key, partial(self._padded_prompt, drafter), inputs)
+        for c in chunks(held, len(ids), self._chunk, most_heads(self.target)):
             logits = self._advance(drafter, self._tensor(ids[c]), c.start, c.stop - c.start - 1)
         return logits
 
-    def _chunks(self, start: int, end: int, chunk: int | None = None) -> Iterator[slice]:
-        """The parts of a prompt that are computed at once, of up to `chunk` tokens."""
-        most = chunk or self.cfg.prefill_chunk or PREFILL_CHUNKS[self.device.type]
-        heads = max(layer.attention.geometry.heads for layer in self.target.layers)
-        while start < end:
-            stop = min(end, start + prefill_rows(start, most, heads))
-            yield slice(start, stop)
-            start = stop
+    def padded(self, length: int) -> int | None:
+        """The rows that a prompt of so many tokens is padded to, or None where it is not."""
+        return next((size for size in self._sizes if size >= length), None)
+
+    def _padded_prompt(self, drafter: Drafter | None, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Logits [1, vocabulary] after the first `end` [] tokens; the others are padding."""
+        taps_of = drafter.taps if drafter else ()
+        logits, taps = target_forward(self.target, self.caches, ids, 0, taps=taps_of, end=end)
+        if drafter:
+            draft_context(drafter, self.draft_caches, taps, 0, end)
+        return logits
 
     def _held(self, ids: list[int]) -> int:
         """How many of the first positions of a prompt the caches have before its prefill."""
@@ -372,12 +381,18 @@ class Engine:
     def _pass(self, kind: str, function: Callable, rows: list[int], start: int, *more: torch.Tensor) -> Any:
         """`function(ids, start, *more)`; where the settings say so, as the graph of its kind and number of rows."""
         self._reach(None if self.cfg.cuda_graphs else start, len(rows))
-        inputs, key = (self._tensor(rows), torch.tensor(start, device=self.device), *more), (kind, len(rows))
+        inputs = self._tensor(rows), torch.tensor(start, device=self.device), *more
+        return self._replayed((kind, len(rows)), function, inputs)
+
+    def _replayed(self, key: tuple[str, *tuple[int, ...]], function: Callable, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """`function(*inputs)`; where the settings say so, as the graph of that key: its kind and more. What it returns
+        is there until the next call of the kind."""
         if not self.cfg.cuda_graphs:
             return function(*inputs)
         self.ranks.begin_pass()
         if key not in self._graphs:
-            self._graphs[key] = Graph(function, inputs)
+            pool = next((g.graph.pool() for (kind, *_), g in self._graphs.items() if kind == key[0]), None)
+            self._graphs[key] = Graph(function, inputs, pool)
         return self._graphs[key](*inputs)
 
     def _advance(

@@ -188,10 +188,13 @@ class Rows:
         count: int | None = None,
         rotations: Rotations | None = None,
         embedding: Embedding | None = None,
+        end: torch.Tensor | None = None,
     ):
-        """`padded` rows of which the first `count` (all without it) are real; `like` gives device and dtype. What an
-        `embedding` has of them is in `embedded`, where it came with the rest in one launch, else None."""
+        """`padded` rows of which the first `count` (all without it) are real, or of a prompt those before position
+        `end` []; `like` gives device and dtype. What an `embedding` has of them is in `embedded`, where it came with
+        the rest in one launch, else None."""
         self.start, self.count, self.dtype, self.tree = start, padded if count is None else count, like.dtype, tree
+        self.end = end
         self.ancestors: torch.Tensor | None = None
         self.embedded: torch.Tensor | None = None
         few = tree is None and padded <= row_kernels.MAX_ROWS
@@ -306,7 +309,7 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
             out = attention_kernels.attention(q[: rows.count], *cache.ring(), rows.start, **kw).flatten(1)
     else:
         q, k, v = project(w, x, rows)
-        keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start)
+        keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start, rows.end)
         out = attend(q, keys, values, rows.mask(cache), scale, w.sink)
     return linear(out, w.o)
 
@@ -366,19 +369,21 @@ def target_forward(
     min_rows: int = 1,
     tree: TreeRows | None = None,
     greedy: bool = False,
+    end: torch.Tensor | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """tokens [T] at positions start.. -> logits [T - logits_from, vocabulary] float32 and taps [T, len(taps)*H].
 
     A tap i is the residual stream after layer i, before the final norm. Fewer than `min_rows` rows are computed as
     `min_rows`, by repeating the last one (same experts, same bytes), so that a token's bits do not depend on how many
     neighbours it is computed with. With a `tree`, row 0 is its anchor and row i its node i: each sees its ancestors.
-    Where `greedy`, the logits are left out for the `Best` of each row.
+    Where `greedy`, the logits are left out for the `Best` of each row. Tokens of a prompt from position `end` [] on are
+    padding, and the logits are those of the row before it alone.
     """
     count = len(tokens)
     padded = max(count, min_rows)
     ranks = target.ranks
     share = Embedding(tokens, target.embed, ranks.rank * len(target.embed))
-    rows = Rows(start, padded, target.embed, tree, count, target.rotations, share)
+    rows = Rows(start, padded, target.embed, tree, count, target.rotations, share, end)
     if rows.embedded is None:
         x = embed(target, torch.cat((tokens, tokens[-1:].expand(padded - count))) if padded > count else tokens)
     else:
@@ -393,11 +398,11 @@ def target_forward(
         part = mlp(layer.mlp, normed, ranks, rows.positions)
     x, normed = ranks.add_norm(x, part, target.norm)
     tapped[len(target.layers) - 1] = x[:count]
-    normed = normed[logits_from:]
+    normed, asked = normed[logits_from:], count - logits_from
+    if end is not None:
+        normed, asked = normed.index_select(0, (end - start - 1 - logits_from)[None]), 1
     ranks.record(normed)
-    found = (
-        head_choice(target, normed, count - logits_from) if greedy else head_logits(target, normed, count - logits_from)
-    )
+    found = head_choice(target, normed, asked) if greedy else head_logits(target, normed, asked)
     return found, torch.cat([tapped[i] for i in taps], dim=-1) if taps else x.new_empty(count, 0)
 
 

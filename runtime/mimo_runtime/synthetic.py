@@ -37,11 +37,12 @@ from mimo_qat.plan_runtime import workspace_bytes
 from mimo_runtime.cache import RingCache
 from mimo_runtime.config import BenchConfig, EngineConfig
 from mimo_runtime.draft_model import new_draft_caches
-from mimo_runtime.engine import BLOCK, DTYPES, PREFILL_CHUNKS, Engine
+from mimo_runtime.engine import BLOCK, DTYPES, Engine
 from mimo_runtime.load import Drafter, Layer, LoadConfig, Moe, Target, target_of
 from mimo_runtime.load_drafter import drafter_of
 from mimo_runtime.model import new_caches, rotations
 from mimo_runtime.parallel import Alone, Ranks, world
+from mimo_runtime.prefill import CHUNKS
 from mimo_runtime.shards import Shards, head_rows, part
 from mimo_runtime.speculate import gumbel_noise
 
@@ -347,7 +348,7 @@ def memory(config: dict[str, Any], draft_config: dict[str, Any] | None, size: in
         "experts": allocated(routed),
         "spine": allocated(target) - allocated(routed),
         "drafter": allocated(drafter),
-        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk or PREFILL_CHUNKS["cuda"]),
+        "workspace": workspace_bytes(target.geometry, rows, size, cfg.prefill_chunk or CHUNKS["cuda"]),
         "kv": kv,
     }
 

@@ -10,6 +10,7 @@ import torch
 from mimo_qat import plan_runtime
 from mimo_qat.checkpoint.reader import load_model, read_drafter
 from mimo_runtime import load_drafter as load_drafter_module
+from mimo_runtime import prefill
 from mimo_runtime.cache import LinearCache, RingCache, visible
 from mimo_runtime.draft_model import draft_context, draft_forward, new_draft_caches
 from mimo_runtime.engine import Engine, EngineConfig
@@ -224,8 +225,8 @@ def test_prompts_are_computed_in_chunks_that_shrink_with_their_keys(reference, m
     monkeypatch.setattr(plan_runtime, "PREFILL_SCORES", 8 * 4 * 40)
     monkeypatch.setattr(plan_runtime, "LEAST_CHUNK", 8)
     cut = engine_for(reference, prefill_chunk=30)
-    heads = max(layer.attention.geometry.heads for layer in cut.target.layers)
-    sizes = [c.stop - c.start for c in cut._chunks(0, 70)]
+    heads = prefill.most_heads(cut.target)
+    sizes = [c.stop - c.start for c in prefill.chunks(0, 70, 30, heads)]
     assert sum(sizes) == 70 and sizes[0] == max(8, 8 * 4 * 40 // (heads * 30)) and sorted(sizes, reverse=True) == sizes
     assert (cut.logits(ids) - whole).abs().max() < 1e-4
     assert (cut.last_logits(ids) - whole[-1]).abs().max() < 1e-4

@@ -396,9 +396,13 @@ class Replayed:
 
     made = 0
 
-    def __init__(self, function, inputs):
+    def __init__(self, function, inputs, pool=None):
         self.function, self.inputs = function, tuple(t.clone() for t in inputs)
+        self.graph = self
         Replayed.made += 1
+
+    def pool(self):
+        return None
 
     def __call__(self, *inputs):
         for mine, new in zip(self.inputs, inputs, strict=True):
@@ -429,12 +433,8 @@ class ReplayedRound(Replayed):
 
     def __init__(self, function, inputs, pool=None):
         super().__init__(function, inputs)
-        self.graph = self
         for _ in range(2):
             function()
-
-    def pool(self):
-        return None
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["plain", "DFlash2"])
