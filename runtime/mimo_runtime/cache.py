@@ -96,7 +96,7 @@ class RingCache:
         keys first and written after.
         """
         rows = len(k)
-        if self._fits(rows):
+        if self.fits(rows):
             assert end is None or self.window is None
             self.write(k, v, start)
             used = self.used(start + rows)
@@ -110,13 +110,15 @@ class RingCache:
 
     def extended(self, start: Position, rows: int) -> torch.Tensor:
         """Positions [S] of the keys that `extend` returns for `rows` rows at `start`."""
-        if self._fits(rows):
+        if self.fits(rows):
             return self.positions(start + rows)
         assert isinstance(start, int)
         new = torch.arange(start, start + rows, device=self.k.device)
         return torch.cat((self._older(start), new))
 
-    def _fits(self, rows: int) -> bool:
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows are stored before they are attended from. Else `extend` returns the `window` - 1 older
+        keys and theirs, in order."""
         return self.window is None or rows <= self.block
 
     def _older(self, start: int) -> torch.Tensor:

@@ -165,6 +165,32 @@ def attend(q, keys, values, mask, scale: float, sink: torch.Tensor | None) -> to
     return out.view(groups, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
 
 
+def attend_window(q, keys, values, window: int, start: int, scale: float, sink: torch.Tensor | None) -> torch.Tensor:
+    """`attend` of the queries at positions start.. [T] over the keys [G, window - 1 + T, K] of positions
+    start - window + 1.. , where each sees the `window` keys that end with its own.
+
+    A block of `window` queries is multiplied with the two windows of keys that it sees some of, not with all keys.
+    """
+    rows, heads, _ = q.shape
+    groups, group, blocks = len(keys), heads // len(keys), -(-rows // window)
+    pad = blocks * window - rows
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(blocks, window, groups, group, -1)
+    q = q.permute(2, 0, 3, 1, 4).reshape(groups, blocks, group * window, -1)
+    keys, values = (F.pad(t, (0, 0, 0, pad + 1)).unfold(1, 2 * window, window) for t in (keys, values))
+    scores = torch.matmul(q, keys).float().view(groups, blocks, group, window, 2 * window) * scale
+    key, query = torch.arange(2 * window, device=q.device), torch.arange(window, device=q.device)[:, None]
+    first = torch.arange(blocks, device=q.device)[:, None, None] * window + start - window + 1  # position of its key 0
+    seen = (key >= query) & (key < query + window) & (first + key >= 0)
+    scores.masked_fill_(~seen[:, None], float("-inf"))
+    if sink is not None:
+        column = sink.view(groups, 1, group, 1, 1).expand(-1, blocks, -1, window, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    p = scores.softmax(-1)[..., : 2 * window].to(values.dtype)
+    out = torch.matmul(p.reshape(groups, blocks, group * window, -1), values.transpose(-1, -2))
+    out = out.view(groups, blocks, group, window, -1).permute(1, 3, 0, 2, 4)
+    return out.reshape(blocks * window, -1)[:rows]
+
+
 TreeRows = attention_kernels.TreeRows
 
 
@@ -310,7 +336,10 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     else:
         q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start, rows.end)
-        out = attend(q, keys, values, rows.mask(cache), scale, w.sink)
+        if w.window and len(x) > 2 * w.window and isinstance(rows.start, int) and not cache.fits(len(x)):
+            out = attend_window(q, keys, values, w.window, rows.start, scale, w.sink)
+        else:
+            out = attend(q, keys, values, rows.mask(cache), scale, w.sink)
     return linear(out, w.o)
 
 

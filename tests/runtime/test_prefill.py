@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_runtime import prefill
-from mimo_runtime.cache import RingCache
+from mimo_runtime.cache import RingCache, visible
 from mimo_runtime.config import EngineConfig, SamplingConfig
 from mimo_runtime.engine import Engine
 from mimo_runtime.load import LoadConfig, load_target
+from mimo_runtime.model import attend, attend_window
 from mimo_runtime.prefill import padded_sizes
 
 
@@ -38,6 +39,22 @@ def test_padding_takes_no_slot_of_a_window(data):
     seen = exact.slots(torch.arange(max(0, end - window + 1), end))
     for got, want in ((padded.k, exact.k), (padded.v, exact.v)):
         assert torch.equal(got[:, seen], want[:, seen])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_blocks_of_a_window_attend_like_all_keys(data):
+    """Also where there are no older keys yet, at any length, with and without a sink."""
+    window, rows, start = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 40)), data.draw(st.integers(0, 12))
+    groups, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    made = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    q = torch.randn(rows, groups * group, 6, generator=made, dtype=torch.float64)
+    keys, values = (torch.randn(groups, window - 1 + rows, n, generator=made, dtype=torch.float64) for n in (6, 4))
+    sink = torch.randn(groups * group, generator=made) if data.draw(st.booleans()) else None
+    seen = visible(start + torch.arange(rows), torch.arange(start - window + 1, start + rows), window)
+    mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    expected = attend(q, keys, values, mask, 0.5, sink)
+    torch.testing.assert_close(attend_window(q, keys, values, window, start, 0.5, sink), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 23, 24, 25, 63, 64, 65, 100])
