@@ -83,6 +83,10 @@ def pack_fp8(
 @torch.no_grad()
 def unpack_fp8(w: Fp8Weight) -> torch.Tensor:
     """BF16 [N, K]: code * scale in float32, rounded once, which is what `fp8.dequantize` makes of the stored form."""
+    if w.codes.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(w.codes.device)[0] >= 9:
+        from . import linear_triton
+
+        return linear_triton.unpack_fp8(w)
     n, k = w.shape
     scales = w.scales.repeat_interleave(GROUP_ROWS, 0)[:n, :, None]
     codes = w.codes.to(torch.bfloat16).view(n, k // fp8.BLOCK, fp8.BLOCK)  # exact

@@ -2,6 +2,7 @@
 
     _linear_kernel        one tile of rows and one slice of K a program
     moe_triton.sum_parts  adds the slices in ascending order; not launched when there is only one
+    _unpack_kernel        the values of an FP8 weight, for products of more tokens
 
 As in `moe_triton`, weights stream from memory and are the M operand of the MMA, the tokens are N (8 or 16). A matrix
 of a few thousand rows has too few tiles for a GPU, so K is cut as well, at the price of the second launch.
@@ -141,6 +142,27 @@ def _linear_kernel(
     column = row + tl.arange(0, BM)
     at = OUT + (tl.program_id(1) * tokens + n[None, :]) * rows + column[:, None]
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=(n < tokens)[None, :] & (column < rows)[:, None])
+
+
+@triton.jit
+def _unpack_kernel(OUT, W, SCALES, rows, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr):
+    """OUT bf16 [rows, K] <- W uint8 [rows, K] times SCALES float32 [ceil(rows / BM), K / BK], rounded once."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    at = row.to(tl.int64)[:, None] * K + tl.program_id(1) * BK + tl.arange(0, BK)[None, :]
+    scale = tl.load(SCALES + tl.program_id(0) * (K // BK) + tl.program_id(1))
+    codes = tl.load(W + at, mask=(row < rows)[:, None], other=0)
+    tl.store(OUT + at, (_from_e4m3(codes, PTX).to(tl.float32) * scale).to(tl.bfloat16), mask=(row < rows)[:, None])
+
+
+def unpack_fp8(w: Fp8Weight) -> torch.Tensor:
+    """`linear.unpack_fp8` for CUDA (or, in Triton's interpreter, for CPU) weights."""
+    n, k = w.shape
+    out = torch.empty(n, k, dtype=torch.bfloat16, device=w.codes.device)
+    with torch.cuda.device_of(out):
+        _unpack_kernel[(triton.cdiv(n, GROUP_ROWS), k // BLOCK)](
+            out, w.codes.view(torch.uint8), w.scales, n, k, GROUP_ROWS, BLOCK, out.is_cuda
+        )
+    return out
 
 
 def linear(x: torch.Tensor, w: torch.Tensor | Fp8Weight, config: Config | None = None) -> torch.Tensor:

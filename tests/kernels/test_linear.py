@@ -91,7 +91,7 @@ def test_refusals():
 
 @outside
 def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, 31)
+    pass_in_the_interpreter(__file__, 35)
 
 
 @pytest.fixture
@@ -134,6 +134,18 @@ def one_code_a_row():
     codes[torch.arange(len(CODES)), torch.arange(len(CODES)) % 128] = CODES
     scale = torch.full((2, 1), 0.5)
     return codes.view(torch.float8_e4m3fn), scale, CODES.view(torch.float8_e4m3fn).float() * 0.5
+
+
+@inside
+@pytest.mark.parametrize(("n", "chunk_rows"), [(8, None), (200, None), (640, 320), (128, 64)])
+def test_unpacked_values(kernels, n, chunk_rows):
+    """Every code times a power of two exactly; tails of rows, and scales that restart at chunks."""
+    *_, packed, values = random_case(n, 1, n, 512, chunk_rows)
+    assert relative_error(kernels.unpack_fp8(packed), values) < 5e-3  # which the interpreter truncates
+    codes, scale, values = one_code_a_row()
+    unpacked = kernels.unpack_fp8(linear.pack_fp8(codes, scale))
+    row = torch.arange(len(CODES))
+    assert torch.equal(unpacked[row, row % 128], values.bfloat16()) and int((unpacked != 0).sum()) <= len(row)
 
 
 @inside
@@ -196,6 +208,18 @@ def test_instructions_a_weight(fp8_weight, tokens, bound):
     assert not spills(code) and registers <= 128 and shared <= 72 * 1024 + tokens * 1024
     per_thread = tile.rows * tile.k * (1 if fp8_weight else 2) // (tile.warps * 32)
     assert sum(op.startswith("LDGSTS") and op.endswith("128") for op in loop) >= per_thread // 16
+
+
+@outside
+@needs_tools
+def test_unpacking_moves_16_bytes_at_a_time():
+    lt = pytest.importorskip("mimo_kernels.linear_triton")
+    constants = {"K": 4096, "BM": linear.GROUP_ROWS, "BK": fp8.BLOCK, "PTX": True}
+    pointers = {"OUT": "*bf16", "W": "*u8", "SCALES": "*fp32"}
+    code, registers, _ = compile_for_sm90(lt._unpack_kernel, pointers, constants, 4, 1)
+    moved = [op for _, op, _ in code if op.startswith(("LDG", "STG"))]
+    assert not spills(code) and registers <= 128
+    assert sum(op.endswith("128") for op in moved) >= linear.GROUP_ROWS * fp8.BLOCK * 3 // (4 * 32 * 16), moved
 
 
 @outside
