@@ -121,12 +121,20 @@ class _Slot:
         return self.buffer
 
     def pin(self, device: torch.device) -> None:
-        """Lets the driver copy from the buffer without a buffer of its own; once, and not before something is read."""
-        if not self._pinned:
-            with torch.cuda.device(device):  # other threads have another current device
-                done = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), len(self.buffer), 0)
+        """Lets the driver copy from the buffer without a buffer of its own; once, and not before something is read.
+        ValueError where the driver cannot."""
+        if self._pinned:
+            return
+        with torch.cuda.device(device):  # other threads have another current device
+            done = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), len(self.buffer), 0)
+        try:
             torch.cuda.check_error(done)
-            self._pinned = True
+        except RuntimeError as error:
+            raise ValueError(
+                f"{len(self.buffer) >> 20} MB of the host's memory cannot be pinned for copies to {device} "
+                f"({str(error).splitlines()[0]}); free memory, or raise the limit of locked memory (ulimit -l)"
+            ) from None
+        self._pinned = True
 
     def free(self) -> None:
         """Gives its memory back, when nothing reads it any more."""

@@ -258,6 +258,22 @@ def test_what_fails_for_whom_bytes_are_handed_is_told(staged, release):
         reader.hand(jobs_of([n for n in mapped.names if ".experts." in n], mapped, fail)).wait()
 
 
+def test_memory_that_cannot_be_pinned_is_told(release, monkeypatch):
+    monkeypatch.setattr(staging, "SLOT_BYTES", 2**21)
+    reader, gpu = StagedCheckpoint(release, "cpu"), LazyGpu(monkeypatch)
+
+    def refuse(done):
+        raise RuntimeError("CUDA error: out of memory\n...")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "check_error", refuse)
+        patch.setattr(reader, "_stream", gpu.current)
+        with pytest.raises(ValueError, match=r"2 MB of the host's memory cannot be pinned .* out of memory"):
+            reader.raw(reader.names[0])
+    reader.close()
+    assert not gpu.pending
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu])
 def test_scales_of_other_dtypes_are_packed_as_well(release, dtype):
     """Some of them: the rest stays bytes. Floats that are no powers of two are refused by name."""
