@@ -57,6 +57,8 @@ for tool in memcheck racecheck; do
     step sanitize-$tool compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 $python scripts/sanitize.py &
 done
 tests distill tests/gpu/test_head_loss_gpu.py tests/gpu/test_distill_gpu.py &
+tests training -m gpu tests/qat/test_dflash_model.py tests/qat/test_distill.py tests/qat/test_training.py &
+tests codec tests/gpu/test_mxfp4_gpu.py tests/gpu/test_transcode_gpu.py &
 wait
 for operator in moe prompt attention linear norm heads router layer codec; do kernels $operator; done
 MIMO_KERNELS_PDL=0 kernels layer -late # every kernel after the end of the one before

@@ -3,7 +3,8 @@
 A mapped file is read by one thread, a page at a time, counts as memory of this process, and reaches a GPU through a
 buffer of the driver. Here threads read plainly. For a GPU they read into pinned buffers, which each takes from a queue;
 one more thread asks for the copies, since the driver takes one at a time anyway, and gives a buffer back when its copy
-is under way; the buffer taken is the one whose copy began first. As many threads read at once as leave that one a core.
+is under way; the buffer taken is the one whose copy began first. One core of eight is left for that thread and the
+caller.
 
 `gather` copies in the order of the stream that asked for it, so what follows on that stream needs no wait. What `hand`
 reads meets on the device, where it is used when the last part of it is on its way. All its copies are on one stream,

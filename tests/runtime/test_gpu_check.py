@@ -33,6 +33,8 @@ echo "said $2"; case "$*" in *test_linear*) exit 1 ;; esac
         if "bench" in call and "mimo_runtime" in call:
             with pytest.raises(SystemExit, match="0"):
                 main(["bench", *call[call.index("bench") + 1 :], "--print_config"])
+    tested = {word for call in seen for word in call}
+    assert tested >= {f"tests/gpu/{path.name}" for path in (SCRIPTS.parent / "tests/gpu").glob("test_*.py")}
     printed = capsys.readouterr().out
     assert "uniform_routing: true" in printed and "synthetic: pro" in printed
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
