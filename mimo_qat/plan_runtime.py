@@ -65,6 +65,8 @@ def runtime_bytes(
 
 PREFILL_SCORES = 2**27  # of attention: a chunk with more of them has no more rows than LEAST_CHUNK
 LEAST_CHUNK = 256
+MOST_PADDED = 1024  # rows to which a prompt is padded
+PADDED_SCORES = PREFILL_SCORES // 4  # of a padded prompt, whose graph keeps their memory: 600 MB
 
 
 def prefill_rows(start: int, chunk: int, heads: int) -> int:
@@ -75,13 +77,17 @@ def prefill_rows(start: int, chunk: int, heads: int) -> int:
 
 def workspace_bytes(g: Geometry, verified: int, tp: int, prefill_chunk: int) -> int:
     """Bytes for a prefill chunk (residual stream in float32 twice, the experts' input in another order and their sum, k
-    rows of hidden activations and of outputs; or scores in BF16 and four times in float32) and for the logits of
-    `verified` rows: an estimate, exceeded where LEAST_CHUNK rows have more scores."""
-    k, inner = g.num_experts_per_tok, g.moe_intermediate_size
-    rows = prefill_chunk * (12 * g.hidden_size + k * 2 * (g.hidden_size + inner // tp))
-    heads = max(layer.heads for layer in g.layers) // tp
-    scores = 18 * min(PREFILL_SCORES, heads * prefill_chunk**2)
-    return max(rows, scores) + 4 * verified * g.vocab_size
+    rows of hidden activations and of outputs; or scores in BF16 and four times in float32), for the graphs of padded
+    prompts, whose memory is their own, and for the logits of `verified` rows: an estimate, exceeded where LEAST_CHUNK
+    rows have more scores."""
+    k, inner, heads = g.num_experts_per_tok, g.moe_intermediate_size, max(layer.heads for layer in g.layers) // tp
+
+    def of_a_pass(rows: int, scores: int) -> int:
+        moved = rows * (12 * g.hidden_size + k * 2 * (g.hidden_size + inner // tp))
+        return max(moved, 18 * min(scores, heads * rows**2))
+
+    padded = of_a_pass(min(prefill_chunk, MOST_PADDED), PADDED_SCORES)
+    return of_a_pass(prefill_chunk, PREFILL_SCORES) + padded + 4 * verified * g.vocab_size
 
 
 def _share(name: str, g: Geometry, tp: int) -> float:

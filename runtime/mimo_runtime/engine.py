@@ -341,7 +341,8 @@ class Engine:
     def last_logits(self, ids: list[int]) -> torch.Tensor:
         """Float32 logits [vocabulary] of the last position."""
         self._check(ids, None)
-        return self._prefill(ids, None)[0]
+        with self._on_device():
+            return self._prefill(ids, None)[0].clone()  # of a graph's memory
 
     @torch.inference_mode()
     def logits(self, ids: list[int], chunk: int | None = None) -> torch.Tensor:

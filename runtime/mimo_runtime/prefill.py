@@ -7,13 +7,12 @@ a GPU busy for about as long as its host.
 
 from collections.abc import Iterator
 
-from mimo_qat.plan_runtime import PREFILL_SCORES, prefill_rows
+from mimo_qat.plan_runtime import MOST_PADDED, PADDED_SCORES, prefill_rows
 from mimo_runtime.load import Moe, Target
 from mimo_runtime.model import without_host
 
 CHUNKS = {"cuda": 2048, "cpu": 256}
-LEAST_PADDED, MOST_PADDED = 64, 1024
-PADDED_SCORES = PREFILL_SCORES // 4  # of attention: a graph keeps its memory, 600 MB for so many
+LEAST_PADDED = 64
 
 
 def most_heads(target: Target) -> int:

@@ -3,8 +3,8 @@
 A mapped file is read by one thread, a page at a time, counts as memory of this process, and reaches a GPU through a
 buffer of the driver. Here threads read plainly. For a GPU they read into pinned buffers, which each takes from a queue;
 one more thread asks for the copies, since the driver takes one at a time anyway, and gives a buffer back when its copy
-is under way; the buffer taken is the one whose copy began first. One core of eight is left for that thread and the
-caller.
+is under way; the buffer taken is the one whose copy began first. Of eight cores and more an eighth is left for that
+thread and the caller.
 
 `gather` copies in the order of the stream that asked for it, so what follows on that stream needs no wait. What `hand`
 reads meets on the device, where it is used when the last part of it is on its way. All its copies are on one stream,
@@ -105,13 +105,13 @@ class _Slot:
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.event: torch.cuda.Event | None = None
-        self._pinned = False
+        self._pinned: torch.device | None = None  # for whom
 
     def ready(self, size: int) -> torch.Tensor:
         """The buffer, at least `size` bytes of it, when nothing reads it any more."""
         if self.event is None:
             self.event = torch.cuda.Event(blocking=True)
-        elif self._pinned:
+        elif self._pinned is not None:
             self.event.synchronize()
         if len(self.buffer) < size:
             self.free()
@@ -124,7 +124,7 @@ class _Slot:
     def pin(self, device: torch.device) -> None:
         """Lets the driver copy from the buffer without a buffer of its own; once, and not before something is read.
         ValueError where the driver cannot."""
-        if self._pinned:
+        if self._pinned is not None:
             return
         with torch.cuda.device(device):  # other threads have another current device
             done = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), len(self.buffer), 0)
@@ -135,15 +135,16 @@ class _Slot:
                 f"{len(self.buffer) >> 20} MB of the host's memory cannot be pinned for copies to {device} "
                 f"({str(error).splitlines()[0]}); free memory, or raise the limit of locked memory (ulimit -l)"
             ) from None
-        self._pinned = True
+        self._pinned = device
 
     def free(self) -> None:
         """Gives its memory back, when nothing reads it any more."""
-        if self._pinned:
+        if self._pinned is not None:
             assert self.event is not None
             self.event.synchronize()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr()))
-        self.buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
+            with torch.cuda.device(self._pinned):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr()))
+        self.buffer, self._pinned = torch.empty(0, dtype=torch.uint8), None
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Prompts that are padded to one of a few sizes, against those that are not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,46 @@ def test_longer_prompts_are_cut_as_before(release, monkeypatch):
     assert engine.padded(65) is None and engine.padded(64) == 64
     ids = some_ids(100, 1)
     torch.testing.assert_close(engine.last_logits(ids), engine.logits(ids)[-1], rtol=1e-4, atol=1e-4)
+
+
+class Replayed:
+    """A stand-in for a graph: what it returns is overwritten by the next call."""
+
+    def __init__(self, function, inputs, pool=None):
+        assert OnDevice.depth > 0
+        self.function, self.graph, self.outputs = function, self, function(*inputs).clone()
+
+    def pool(self):
+        return None
+
+    def __call__(self, *inputs):
+        assert OnDevice.depth > 0
+        return self.outputs.copy_(self.function(*inputs))
+
+
+class OnDevice:
+    depth = 0
+
+    def __enter__(self):
+        OnDevice.depth += 1
+
+    def __exit__(self, *_):
+        OnDevice.depth -= 1
+
+
+def test_logits_outlive_the_graph_that_made_them(release, monkeypatch):
+    """And graphs are made and replayed on the engine's device."""
+    engine = Engine(release, EngineConfig(device="cpu", dtype="float32", max_len=200))
+    prompts = [some_ids(30, 1), some_ids(50, 2)]
+    expected = [engine.last_logits(ids) for ids in prompts]
+    monkeypatch.setattr("mimo_runtime.engine.Graph", Replayed)
+    monkeypatch.setattr(engine, "_on_device", OnDevice)
+    monkeypatch.setattr(engine, "_sizes", [64])
+    monkeypatch.setattr(engine, "cfg", replace(engine.cfg, cuda_graphs=True))
+    found = [engine.last_logits(ids) for ids in prompts]
+    assert len(engine._graphs) == 1
+    for got, logits in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-4)
 
 
 class OnGpu:

@@ -91,19 +91,26 @@ class LazyGpu:
         for name, stand_in in (("Stream", LazyStream), ("Event", LazyEvent), ("stream", self.stream)):
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", self.on)
         monkeypatch.setattr(torch.Tensor, "copy_", copy_later)
         monkeypatch.setattr(torch.Tensor, "record_stream", record)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
         monkeypatch.setattr(torch.cuda, "check_error", lambda done: None)
 
     def cudaHostRegister(self, begin, size, flags):
-        assert begin % mmap.PAGESIZE == 0 and begin not in self.pinned
+        assert begin % mmap.PAGESIZE == 0 and begin not in self.pinned and self.threads.device is not None
         self.pinned[begin] = size
 
     def cudaHostUnregister(self, begin):
+        assert self.threads.device is not None  # in the context that pinned it
         end = begin + self.pinned.pop(begin)
         assert not any(begin <= address < end for address in self.pending)
+
+    @contextlib.contextmanager
+    def on(self, device):
+        before, self.threads.device = getattr(self.threads, "device", None), device
+        yield
+        self.threads.device = before
 
     def current(self, device=None):
         return getattr(self.threads, "stream", self.main)
