@@ -36,8 +36,8 @@ class EngineConfig:
     """longest prompt and output together, in tokens; the caches are this long"""
     prefill_chunk: int | None = None
     """prompt tokens computed at once, fewer where their attention would take gigabytes; null takes 2048 on a GPU, whose
-    host is busy as long with a few, and 256 on a CPU. A GPU pads short prompts to a power of two of
-    rows, from 64 to at most 1024"""
+    host is busy as long with a few, and 256 on a CPU. A GPU pads short prompts to a power of two of rows, from 64 to at
+    most 1024"""
     drafter: str | None = "auto"
     """folder of the drafter; auto takes the release's own dflash/ if it has one, null none"""
     tree_budget: int = 0

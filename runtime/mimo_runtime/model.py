@@ -336,7 +336,8 @@ def attention(w: Attention, cache: RingCache, x: torch.Tensor, rows: Rows, ranks
     else:
         q, k, v = project(w, x, rows)
         keys, values = cache.extend(k[: rows.count], v[: rows.count], rows.start, rows.end)
-        if w.window and len(x) > 2 * w.window and isinstance(rows.start, int) and not cache.fits(len(x)):
+        prompt = rows.tree is None and len(q) == rows.count and not cache.fits(rows.count)
+        if w.window is not None and len(q) > 2 * w.window and prompt and isinstance(rows.start, int):
             out = attend_window(q, keys, values, w.window, rows.start, scale, w.sink)
         else:
             out = attend(q, keys, values, rows.mask(cache), scale, w.sink)

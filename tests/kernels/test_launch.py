@@ -169,7 +169,8 @@ def test_every_kernel_of_a_step_is_listed():
     ):
         loaded = importlib.import_module(f"mimo_kernels.{module}_triton")
         names = {n for n, f in vars(loaded).items() if isinstance(f, triton.JITFunction) and n.endswith("_kernel")}
-        assert names == {case[1] for case in KERNELS if case[0] == module}
+        of_prompts = {"_unpack_kernel"}
+        assert names - of_prompts == {case[1] for case in KERNELS if case[0] == module}
 
 
 @outside

@@ -46,6 +46,9 @@ def test_every_way_is_warmed_up_before_it_is_timed(trees):
     class Spy:
         drafter = "there is one"
 
+        def padded(self, length):
+            return None
+
         def generate(self, ids, sampling, *, speculate=True, tree=True, forced_acceptance=None):
             calls.append((speculate, speculate and tree, sampling.max_new_tokens))
             return Generation(tokens=[1])
