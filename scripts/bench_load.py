@@ -6,9 +6,9 @@ sequential reads of several threads into reused buffers; and loads the share of 
 own, as the runtime does. The bar: at least 60 % of that reading rate, and at most two shards of host memory on top of
 what the process held before. Beside it stands the rate of copies from pinned memory to the GPU: what is loaded can
 arrive no faster than the slower of the two, and the ratio to that one is printed too. Reads and loads take turns, a
-read first and last, and the median of each counts. With `--cold` the files leave the page cache before every turn, so
-that the disk is what is read, as after a start of the machine. The last line is one JSON document; exits with 1 below
-the bar on a GPU. (A CPU holds the weights themselves and packs them slowly.)
+read first and last: the fastest read counts, and the median of the loads. With `--cold` the files leave the page cache
+before every turn, so that the disk is what is read, as after a start of the machine. The last line is one JSON
+document; exits with 1 below the bar on a GPU. (A CPU holds the weights themselves and packs them slowly.)
 
 Where the time goes: the caller's seconds are one after the other (proving the headers; memory for the experts and
 planning their reads; the spine, while experts are read; waiting for the rest of them; and the GPU's rest at the end).
@@ -252,7 +252,7 @@ def measure(options: argparse.Namespace, config: dict[str, Any]) -> dict[str, An
         loads.append(json.loads(done.stdout.strip().splitlines()[-1]))
     read()
     found = sorted(loads, key=lambda load: load["seconds"])[len(loads) // 2]
-    rate, read_rate = found["bytes"] / found["seconds"] / 1e9, total / statistics.median(reads) / 1e9
+    rate, read_rate = found["bytes"] / found["seconds"] / 1e9, total / min(reads) / 1e9
     shards = max(load["host_growth"] for load in loads) / max(sizes.values())
     reachable = min(read_rate, found["rates"].get("copy_gb_per_s", read_rate))
     return {

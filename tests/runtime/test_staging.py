@@ -446,5 +446,6 @@ def test_bench_of_loading(tiny_config, tmp_path, capsys, monkeypatch, ranks):
     with pytest.raises(SystemExit, match="2"):  # a folder that was there before must not be deleted
         bench_load.main()
     assert "give a folder that does not exist" in capsys.readouterr().err and (out / "config.json").is_file()
+    assert found["read_gb_per_s"] == pytest.approx(found["release_gb"] / min(found["read_seconds"]))
     assert len(found["read_seconds"]) == 3 and len(found["load_seconds"]) == 2
     assert min(found["load_seconds"]) > 0 and found["peak_host_shards"] >= 0 and found["write_gb_per_s"] > 0
